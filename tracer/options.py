@@ -1,0 +1,39 @@
+"""What to trace and how: the options of a tracer, already resolved and checked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+DEFAULT_SLOW_NS = 100_000
+DEFAULT_STACK_BUDGET_PER_S = 1000
+DEFAULT_RING_BYTES = 16 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """Everything the tracer needs to know; made by `latrace.tracer.targets.resolve`.
+
+    All ids are those of the initial PID namespace, which is what the kernel's probes see.
+    """
+
+    pids: tuple[int, ...] = ()
+    """Processes (thread-group ids): all their threads, present and future."""
+    tids: tuple[int, ...] = ()
+    """Single threads."""
+    comms: tuple[str, ...] = ()
+    """Command names as the kernel has them (15 bytes): exact, or a prefix with a trailing `*`."""
+    cgroups: tuple[Path, ...] = ()
+    """Absolute cgroup directories."""
+    children: bool = False
+    """Follow what the targets fork from now on (descendants alive now are in `pids`)."""
+    min_ns: int | None = None
+    """Shortest wait that gets a row. None: adapts to the rate; 0: every wait, never adapt."""
+    slow_ns: int = DEFAULT_SLOW_NS
+    """A wait of at least this long gets its stack, within the budget."""
+    stacks: bool = True
+    stack_budget_per_s: int = DEFAULT_STACK_BUDGET_PER_S
+    ring_bytes: int = DEFAULT_RING_BYTES
+    """Size of the ring buffer: a power of two, at least one page."""
+    duration_s: float | None = None
+    """Stop after this long; None: until a signal or the end of all targets."""
