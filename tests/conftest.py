@@ -1,0 +1,177 @@
+"""What every test shares: when kernel tests run, and that none of them leaves anything behind.
+
+A test marked `kernel` needs root, BTF and the distribution's bcc. Without them it is skipped with
+the reason; with `LATRACE_REQUIRE_KERNEL=1` (CI) it fails instead, so that green means that it ran.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import importlib.util
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+# Every program and map of ours is named with this prefix, so that they can be told from those of
+# the host's service manager and of other tools.
+OUR_PREFIX = "lat_"
+
+# The kernel frees programs and maps some time after the last descriptor is closed.
+FREED_WITHIN_S = 5.0
+
+SETTINGS = (
+    "kernel/bpf_stats_enabled",
+    "kernel/kptr_restrict",
+    "kernel/perf_event_max_stack",
+    "kernel/perf_event_paranoid",
+    "kernel/sched_schedstats",
+    "kernel/task_delayacct",
+    "net/core/bpf_jit_enable",
+)
+
+
+def missing_for_kernel_tests() -> str | None:
+    """Why kernel tests can't run here, or None when they can."""
+    if os.geteuid() != 0:
+        return "needs root: sudo scripts/test"
+    if not Path("/sys/kernel/btf/vmlinux").exists():
+        return "needs a kernel with BTF (/sys/kernel/btf/vmlinux)"
+    if importlib.util.find_spec("bcc") is None:
+        return "needs the distribution's python3-bpfcc"
+    return None
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip a kernel test that can't run here, or fail it where it has to run."""
+    if item.get_closest_marker("kernel") is None:
+        return
+    reason = missing_for_kernel_tests()
+    if reason is None:
+        return
+    if os.environ.get("LATRACE_REQUIRE_KERNEL") == "1":
+        pytest.fail(f"LATRACE_REQUIRE_KERNEL=1, but this test {reason}", pytrace=False)
+    pytest.skip(reason)
+
+
+# --- what is loaded in the kernel, asked of bpf(2) itself -------------------------------------
+
+NR_BPF = {"x86_64": 321, "aarch64": 280, "riscv64": 280, "ppc64le": 361, "s390x": 351}
+OBJ_GET_INFO_BY_FD = 15
+# kind: (BPF_*_GET_NEXT_ID, BPF_*_GET_FD_BY_ID, offset of the name in struct bpf_{prog,map}_info)
+KINDS = {"prog": (11, 13, 64), "map": (12, 14, 24)}
+NAME_LENGTH = 16
+FDINFO_KEYS = {"prog_id:": "prog", "map_id:": "map"}
+
+
+class _Id(ctypes.Structure):
+    _fields_ = (("id", ctypes.c_uint32), ("next_id", ctypes.c_uint32), ("flags", ctypes.c_uint32))
+
+
+class _Info(ctypes.Structure):
+    _fields_ = (("fd", ctypes.c_uint32), ("length", ctypes.c_uint32), ("info", ctypes.c_uint64))
+
+
+def _bpf(command: int, attr: ctypes.Structure) -> int:
+    libc = ctypes.CDLL(None, use_errno=True)
+    result = libc.syscall(
+        NR_BPF[platform.machine()], command, ctypes.byref(attr), ctypes.sizeof(attr)
+    )
+    if result < 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    return int(result)
+
+
+def our_bpf_objects() -> set[tuple[str, int, str]]:
+    """List the BPF programs and maps of ours in the kernel as (kind, id, name)."""
+    found: set[tuple[str, int, str]] = set()
+    for kind, (next_id, fd_by_id, name_offset) in KINDS.items():
+        request = _Id()
+        while True:
+            try:
+                _bpf(next_id, request)
+            except OSError as error:
+                if error.errno == errno.ENOENT:
+                    break
+                raise
+            request.id = request.next_id
+            try:
+                fd = _bpf(fd_by_id, _Id(id=request.id))
+            except OSError as error:
+                if error.errno == errno.ENOENT:  # freed since it was listed
+                    continue
+                raise
+            try:
+                raw = ctypes.create_string_buffer(name_offset + NAME_LENGTH)
+                _bpf(OBJ_GET_INFO_BY_FD, _Info(fd, len(raw), ctypes.addressof(raw)))
+            finally:
+                os.close(fd)
+            name = raw.raw[name_offset:].split(b"\0")[0].decode("ascii", "replace")
+            if name.startswith(OUR_PREFIX):
+                found.add((kind, request.id, name))
+    return found
+
+
+def _start_ticks(process: Path) -> int:
+    return int((process / "stat").read_text().rpartition(")")[2].split()[19])
+
+
+def held_by_older_processes(ticks: int) -> set[tuple[str, int]]:
+    """(kind, id) of what processes hold that started before `ticks` (this one left out).
+
+    A developer may be tracing on this machine while the tests run; their objects are not ours.
+    """
+    held: set[tuple[str, int]] = set()
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if int(process.name) == os.getpid() or _start_ticks(process) >= ticks:
+                continue
+            for fdinfo in (process / "fdinfo").iterdir():
+                for line in fdinfo.read_text().splitlines():
+                    key, _, value = line.partition("\t")
+                    if key in FDINFO_KEYS:
+                        held.add((FDINFO_KEYS[key], int(value)))
+        except OSError:  # ended meanwhile
+            continue
+    return held
+
+
+def read_settings() -> dict[str, str]:
+    """Read the kernel settings that a tracer may be tempted to touch, and the mounts."""
+    settings = {"mounts": Path("/proc/self/mounts").read_text()}
+    for name in SETTINGS:
+        path = Path("/proc/sys") / name
+        if path.exists():
+            settings[name] = path.read_text()
+    return settings
+
+
+@pytest.fixture
+def bpf_objects() -> Callable[[], set[tuple[str, int, str]]]:
+    """Give the function that lists our programs and maps, for tests that look themselves."""
+    return our_bpf_objects
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fail a kernel test after which a program, a map or a changed setting of ours stays."""
+    if request.node.get_closest_marker("kernel") is None:
+        yield
+        return
+    objects, settings = our_bpf_objects(), read_settings()
+    ticks = int(time.clock_gettime(time.CLOCK_BOOTTIME) * os.sysconf("SC_CLK_TCK"))
+    yield
+    deadline = time.monotonic() + FREED_WITHIN_S
+    while left := our_bpf_objects() - objects:
+        others = held_by_older_processes(ticks)
+        left = {item for item in left if item[:2] not in others}
+        if not left:
+            break
+        if time.monotonic() > deadline:
+            pytest.fail(f"left in the kernel: {sorted(left)}", pytrace=False)
+        time.sleep(0.05)
+    assert read_settings() == settings
