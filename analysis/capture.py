@@ -1,0 +1,322 @@
+"""Read a capture: complete, cut off by a kill in the middle of a write, or still being written.
+
+A stream is read up to its last whole record batch. Where it ends is found by walking the frames
+of its messages (the encapsulated message format of Arrow's columnar specification), so that a
+stream that was cut off is told from one that is damaged.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from latrace.analysis.errors import CaptureError
+from latrace.analysis.schema import MANIFEST, SCHEMA_VERSION, SNAPSHOTS, SUFFIX, TABLES
+from pyarrow import ipc
+
+DEFAULT_PATH = Path("latrace.data")
+
+
+class Capture:
+    """A recorded run. Tables are read when they are first asked for. Made by `open_capture`.
+
+    Every table has at least the columns of `schema.TABLES`, with their types; what the capture
+    does not have is null. `hist` and `totals` hold the last whole snapshot only, `threads` the
+    last row of each thread.
+    """
+
+    def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
+        self.path = path
+        """The capture's directory."""
+        self.manifest = manifest
+        """What manifest.json says: host, clock, targets, options, quality, overhead."""
+
+    def __repr__(self) -> str:
+        return f"<Capture {os.fspath(self.path)!r}{'' if self.complete else ' (not complete)'}>"
+
+    @property
+    def complete(self) -> bool:
+        """Whether the recording was closed in order. Otherwise its last moments are missing."""
+        return self.manifest.get("complete") is True
+
+    @cached_property
+    def truncated(self) -> list[str]:
+        """The tables whose stream ends in the middle, or too early: their last rows are lost."""
+        extents = {name: self._extent(name) for name in TABLES}
+        return [
+            name
+            for name, extent in extents.items()
+            if extent is not None and (extent.cut or (self.complete and not extent.ended))
+        ]
+
+    @cached_property
+    def waits(self) -> pa.Table:
+        """One row for each recorded wait; not all waits, if the row threshold was above 0."""
+        return self.table("waits")
+
+    @cached_property
+    def stacks(self) -> pa.Table:
+        """Stacks as lists of frame ids, leaf first."""
+        return self.table("stacks")
+
+    @cached_property
+    def frames(self) -> pa.Table:
+        """The frames that stacks refer to."""
+        return self.table("frames")
+
+    @cached_property
+    def threads(self) -> pa.Table:
+        """One row for each thread of the targets, with its exact totals."""
+        return self.table("threads")
+
+    @cached_property
+    def hist(self) -> pa.Table:
+        """The exact in-kernel histograms: buckets that are not empty."""
+        return self.table("hist")
+
+    @cached_property
+    def totals(self) -> pa.Table:
+        """The exact in-kernel totals of each process."""
+        return self.table("totals")
+
+    def table(self, name: str, *, columns: Sequence[str] | None = None) -> pa.Table:
+        """Read a table, or only some of its columns; nothing is kept.
+
+        Raises KeyError for a name that is not in the contract, CaptureError for a damaged file.
+        """
+        table = self._read(name, columns)
+        if name in SNAPSHOTS:
+            snapshot = self._snapshots.get(name)
+            if snapshot is not None:
+                table = table.filter(pc.equal(table["snapshot"], pa.scalar(snapshot, pa.uint32())))
+        elif name == "threads" and columns is None:
+            table = _last_of_each(table, ("tid", "start_ns"))
+        return table
+
+    @cached_property
+    def _snapshots(self) -> dict[str, int]:
+        """The snapshot to take of each table: the last one that all of them have."""
+        present = {
+            name: set(self._read(name, ["snapshot"])["snapshot"].drop_null().to_pylist())
+            for name in SNAPSHOTS
+        }
+        present = {name: numbers for name, numbers in present.items() if numbers}
+        shared = set.intersection(*present.values()) if present else set()
+        return {name: max(shared or numbers) for name, numbers in present.items()}
+
+    def _extent(self, name: str) -> _Extent | None:
+        """Tell how much of a stream can be read; None: there is no such file."""
+        file = self._file(name)
+        try:
+            with file.open("rb") as stream:
+                return _measure(stream)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise _unreadable(file, error) from error
+        except _DamagedError as error:
+            raise _damaged(file, str(error)) from error
+
+    def _read(self, name: str, columns: Sequence[str] | None) -> pa.Table:
+        contract = TABLES[name]
+        wanted = contract.names if columns is None else list(columns)
+        if columns is not None and name in SNAPSHOTS and "snapshot" not in wanted:
+            wanted = [*wanted, "snapshot"]
+        extent = self._extent(name)
+        if extent is None or not extent.schema:
+            return _conform(pa.table({}), contract, wanted, rows=0)
+        file = self._file(name)
+        try:
+            with pa.OSFile(os.fspath(file)) as source:
+                schema = ipc.open_stream(source).schema
+            chosen = [
+                index
+                for index, column in enumerate(schema.names)
+                if columns is None or column in wanted
+            ]
+            with pa.OSFile(os.fspath(file)) as source:
+                options = ipc.IpcReadOptions(included_fields=chosen)
+                reader = ipc.open_stream(source, options=options)
+                batches = [reader.read_next_batch() for _ in range(extent.batches)]
+                rows = sum(batch.num_rows for batch in batches)
+                table = pa.Table.from_batches(batches, reader.schema) if chosen else pa.table({})
+                # Someone else may have made this capture: let no index point outside.
+                table.validate(full=True)
+                if columns is None:
+                    wanted = [*wanted, *(extra for extra in schema.names if extra not in wanted)]
+                return _conform(table, contract, wanted, rows=rows)
+        except OSError as error:
+            raise _unreadable(file, error) from error
+        except pa.ArrowException as error:
+            raise _damaged(file, str(error)) from error
+
+    def _file(self, name: str) -> Path:
+        return self.path / (name + SUFFIX)
+
+
+def open_capture(path: str | os.PathLike[str] = DEFAULT_PATH) -> Capture:
+    """Open the capture in the directory `path`.
+
+    Raises CaptureError when there is none, or it cannot be read by this program.
+    """
+    directory = Path(path)
+    file = directory / MANIFEST
+    try:
+        text = file.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        if directory.exists():
+            raise CaptureError(
+                f"{directory} is not a capture: it has no {MANIFEST}",
+                hint="name the directory that latrace wrote",
+            ) from None
+        raise CaptureError(
+            f"there is no capture at {directory}",
+            hint="record one with: sudo latrace attach --pid PID",
+        ) from None
+    except OSError as error:
+        raise _unreadable(file, error) from error
+    try:
+        manifest = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise _damaged(file, str(error)) from error
+    version = manifest.get("schema") if isinstance(manifest, dict) else None
+    if not isinstance(version, int) or version < 1:
+        raise _damaged(file, "it has no schema version")
+    if version > SCHEMA_VERSION:
+        raise CaptureError(
+            f"{directory} has schema {version}; this latrace reads up to {SCHEMA_VERSION}",
+            hint=f"read it with the latrace that wrote it ({manifest.get('latrace', 'newer')})",
+        )
+    return Capture(directory, manifest)
+
+
+# --- tables ------------------------------------------------------------------------------------
+
+
+def _conform(table: pa.Table, contract: pa.Schema, wanted: Sequence[str], *, rows: int) -> pa.Table:
+    """Give a table the wanted columns, of the contract's types; those it lacks become null."""
+    columns = []
+    for name in wanted:
+        kind = contract.field(name).type if name in contract.names else None
+        if name not in table.column_names:
+            if kind is None:
+                raise KeyError(name)
+            columns.append(pa.chunked_array([pa.nulls(rows, kind)]))
+        elif kind is None or table[name].type == kind:
+            columns.append(table[name])
+        else:
+            columns.append(table[name].cast(kind))
+    return pa.table(dict(zip(wanted, columns, strict=True))).unify_dictionaries()
+
+
+def _last_of_each(table: pa.Table, key: tuple[str, str]) -> pa.Table:
+    """Keep the last row of those that share `key`, in the order of the first column."""
+    if table.num_rows < 2:
+        return table
+    first, second = (
+        table[name].combine_chunks().fill_null(0).to_numpy(zero_copy_only=False) for name in key
+    )
+    order = np.lexsort((np.arange(table.num_rows), second, first))
+    first, second = first[order], second[order]
+    last = np.append((first[1:] != first[:-1]) | (second[1:] != second[:-1]), True)
+    return table.take(pa.array(order[last]))
+
+
+def _unreadable(file: Path, error: OSError) -> CaptureError:
+    why = (error.strerror or str(error)).lower()
+    hint = "it belongs to the user who recorded it" if isinstance(error, PermissionError) else ""
+    return CaptureError(f"cannot read {file}: {why}", hint=hint)
+
+
+def _damaged(file: Path, why: str) -> CaptureError:
+    first_line = why.strip().splitlines()[0] if why.strip() else "unreadable"
+    return CaptureError(
+        f"{file} is damaged: {first_line}",
+        hint="record again; a capture cut off by a kill would have been readable",
+    )
+
+
+# --- the frames of a stream --------------------------------------------------------------------
+
+_CONTINUATION = 0xFFFFFFFF
+_SCHEMA, _DICTIONARY, _RECORDS = 1, 2, 3  # MessageHeader in Arrow's format/Message.fbs
+
+
+class _DamagedError(Exception):
+    """A stream that cannot have been written like this."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Extent:
+    """How much of a stream can be read."""
+
+    schema: bool  # its first message is there
+    batches: int  # whole record batches
+    cut: bool  # it ends inside a message, or before the records a dictionary came for
+    ended: bool  # the mark of its end is there
+
+
+def _measure(stream: BinaryIO) -> _Extent:
+    size = os.fstat(stream.fileno()).st_size
+    batches, schema, position, kind = 0, False, 0, 0
+    for kind, end in _messages(stream, size):
+        position = end
+        schema = schema or kind == _SCHEMA
+        batches += kind == _RECORDS
+    ended = kind == 0 and position > 0
+    cut = position != size and not ended
+    return _Extent(schema, batches, cut or kind == _DICTIONARY, ended)
+
+
+def _messages(stream: BinaryIO, size: int) -> Iterator[tuple[int, int]]:
+    """Yield the kind of each whole message and where it ends; 0 is the mark of the end."""
+    position = 0
+    while position + 8 <= size:
+        stream.seek(position)
+        continuation, length = struct.unpack("<II", stream.read(8))
+        if continuation != _CONTINUATION:
+            raise _DamagedError(f"no message at byte {position}")
+        position += 8
+        if length == 0:
+            yield 0, position
+            return
+        if position + length > size:
+            return
+        kind, body = _message_header(stream.read(length))
+        position += length + body
+        if position > size:
+            return
+        yield kind, position
+
+
+def _message_header(data: bytes) -> tuple[int, int]:
+    """Read the kind and the length of the body from a flatbuffer `Message`."""
+    try:
+        (table,) = struct.unpack_from("<I", data)
+        (back,) = struct.unpack_from("<i", data, table)
+        vtable = table - back
+        (vtable_size,) = struct.unpack_from("<H", data, vtable)
+
+        def field(index: int, form: str) -> int:
+            # An absent field lies beyond the vtable's end or has offset 0: its value is 0.
+            entry = 4 + 2 * index
+            if entry + 2 > vtable_size:
+                return 0
+            (offset,) = struct.unpack_from("<H", data, vtable + entry)
+            return int(struct.unpack_from(form, data, table + offset)[0]) if offset else 0
+
+        kind, body = field(1, "<B"), field(3, "<q")
+    except struct.error as error:
+        raise _DamagedError("a message without a header") from error
+    if kind not in (_SCHEMA, _DICTIONARY, _RECORDS) or body < 0:
+        raise _DamagedError(f"a message of unknown kind {kind}")
+    return kind, body
