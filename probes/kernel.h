@@ -1,0 +1,181 @@
+/* Reading the kernel's structures without its headers. Offsets (OFF_*) come from the running
+ * kernel's BTF as -D constants; the verifier checks each load against the pointer's BTF type.
+ * A plain `p->field` would be rewritten by bcc into a probe read, at several times the cost.
+ * A 32-bit field is kept in a u64: BPF zero-extends the load, and clang then compares and uses
+ * the same register, which is what the verifier tracks.
+ */
+#pragma once
+
+#define ARG(ctx, n) LD64(ctx, 8 * (n))
+#define LD64(p, off) \
+	({ u64 v_; asm volatile("%0 = *(u64 *)(%1 + %2)" : "=r"(v_) : "r"(p), "i"(off)); v_; })
+#define LD32(p, off) \
+	({ u64 v_; asm volatile("%0 = *(u32 *)(%1 + %2)" : "=r"(v_) : "r"(p), "i"(off)); v_; })
+
+/* Helpers that bcc 0.26's header does not know, by number (include/uapi/linux/bpf.h). */
+static u64 (*get_current_task_btf)(void) = (void *)158;
+static u64 (*task_pt_regs)(u64 task) = (void *)175;
+static long (*seq_write)(u64 seq, const void *data, u32 len) = (void *)127;
+static long (*get_task_stack)(u64 task, void *buf, u32 size, u64 flags) = (void *)141;
+static long (*read_kernel)(void *dst, u32 size, u64 addr) = (void *)113;
+static long (*get_stack_of)(void *ctx, void *buf, u32 size, u64 flags) = (void *)67;
+
+#define TASK_DEAD 0x80		/* include/linux/sched.h */
+#define PF_KTHREAD 0x00200000
+
+struct thread_state {
+	struct wait_state wait;
+	u64 wait_acc_ns, blocked_acc_ns;	/* see sample.h */
+	u64 blocked_weight_ns, waker_key;	/* sampled when it was woken */
+	u64 waits, wait_ns, max_wait_ns, blocked, blocked_ns;
+	u64 kernel_ns, kernel_count;		/* sched_info at the last look */
+	u64 last_wait_ns;			/* not yet compared with it */
+	u32 waker_tid, waker_tgid;
+	char waker[COMM_BYTES];
+	u32 slot;
+	u32 waking_cpu;
+	u8 waker_ctx;
+};
+
+struct targets { u8 on[PID_MAX]; };
+struct scratch { u64 frames[STACK_FRAMES]; };
+
+#define MMAPABLE (1 << 10)
+BPF_F_TABLE("array", u32, struct targets, lat_targets, 1, MMAPABLE);
+BPF_F_TABLE("array", u32, struct control, lat_control, 1, MMAPABLE);
+BPF_F_TABLE("array", u32, struct cpu_state, lat_cpus, NCPU, MMAPABLE);
+BPF_F_TABLE("array", u32, struct hist, lat_hist, NCPU * NSLOT, MMAPABLE);
+BPF_TABLE("array", u32, struct scratch, lat_scratch, 3 * NCPU);
+BPF_TABLE("hash", u32, u32, lat_slots, NSLOT);
+BPF_QUEUE(lat_free, u32, NSLOT);
+BPF_TASK_STORAGE(lat_tasks, struct thread_state);
+BPF_RINGBUF_OUTPUT(lat_ring, RING_PAGES);
+
+static inline int is_target(u64 task)
+{
+	u64 id = LD32(task, BY_TID ? OFF_TASK_PID : OFF_TASK_TGID);
+	u32 zero = 0;
+	struct targets *t = lat_targets.lookup(&zero);
+
+	return t && id < PID_MAX && t->on[id];
+}
+
+static inline struct cpu_state *this_cpu(void)
+{
+	u32 cpu = bpf_get_smp_processor_id();
+
+	return lat_cpus.lookup(&cpu);
+}
+
+static inline struct control *control(void)
+{
+	u32 zero = 0;
+
+	return lat_control.lookup(&zero);
+}
+
+static inline void copy_comm(char *to, u64 task)
+{
+	*(u64 *)to = LD64(task, OFF_TASK_COMM);
+	*(u64 *)(to + 8) = LD64(task, OFF_TASK_COMM + 8);
+}
+
+/* The number its wait histogram has. The first NSLOT - 1 processes get one each; all later ones
+ * share slot 0, so the sum over slots is exact in any case. */
+static inline u32 slot_of(u32 tgid)
+{
+	u32 *have = lat_slots.lookup(&tgid), slot = 0;
+
+	if (have)
+		return *have;
+	if (lat_free.pop(&slot))
+		return 0;
+	if (!lat_slots.insert(&tgid, &slot))
+		return slot;
+	lat_free.push(&slot, 0);	/* another CPU was first */
+	have = lat_slots.lookup(&tgid);
+	return have ? *have : 0;
+}
+
+/* The state of a thread, made on first sight. Only ever 0 when the kernel has no memory. */
+static inline struct thread_state *state_of(u64 task)
+{
+	struct thread_state *s = lat_tasks.task_storage_get((void *)task, 0, 0);
+
+	if (s)
+		return s;
+	s = lat_tasks.task_storage_get((void *)task, 0, BPF_LOCAL_STORAGE_GET_F_CREATE);
+	if (s) {
+		s->slot = slot_of(LD32(task, OFF_TASK_TGID));
+		s->kernel_ns = LD64(task, OFF_RUN_DELAY);
+		s->kernel_count = LD64(task, OFF_PCOUNT);
+	}
+	return s;
+}
+
+static inline void fill_thread(struct thread_record *r, u64 task, struct thread_state *s, u8 event)
+{
+	u64 parent = LD64(task, OFF_TASK_REAL_PARENT);
+
+	r->type = RECORD_THREAD;
+	r->event = event;
+	r->place = s->wait.place;
+	r->pad = 0;
+	r->tid = LD32(task, OFF_TASK_PID);
+	r->tgid = LD32(task, OFF_TASK_TGID);
+	r->ppid = LD32(parent, OFF_TASK_TGID);
+	r->ts_ns = bpf_ktime_get_ns();
+	r->start_ns = LD64(task, OFF_TASK_START_TIME);
+	copy_comm(r->comm, task);
+	r->open_ns = 0;
+	r->waits = s->waits;
+	r->wait_ns = s->wait_ns;
+	r->max_wait_ns = s->max_wait_ns;
+	r->blocked = s->blocked;
+	r->blocked_ns = s->blocked_ns;
+	r->stack_frames = 0;
+}
+
+/* `comm`: the name it is about to have; 0: the one it has. */
+static inline void send_thread(u64 task, struct thread_state *s, u8 event, u64 *comm)
+{
+	struct thread_record *r = lat_ring.ringbuf_reserve(CELL_BYTES);
+	struct cpu_state *c;
+
+	if (r) {
+		fill_thread(r, task, s, event);
+		if (comm) {
+			*(u64 *)r->comm = comm[0];
+			*(u64 *)(r->comm + 8) = comm[1];
+		}
+		lat_ring.ringbuf_submit(r, BPF_RB_NO_WAKEUP);
+	} else if ((c = this_cpu())) {
+		c->lost_threads++;
+	}
+}
+
+/* The kernel's books: what task->sched_info gained since the last look is its own timing of the
+ * last wait counted here. It sees none where its run-queue clock did not move between
+ * enqueue and arrival (kernel/sched/stats.h): a wake-up on an idle CPU, or one that preempts. */
+static inline void look_at_books(struct cpu_state *c, struct thread_state *s, u64 task)
+{
+	u64 ns = LD64(task, OFF_RUN_DELAY), count = LD64(task, OFF_PCOUNT);
+	u64 gained = ns - s->kernel_ns;
+
+	c->kernel_count += count - s->kernel_count;
+	c->kernel_ns += gained;
+	if (s->last_wait_ns) {
+		u64 ours = s->last_wait_ns - 1;
+
+		if (gained) {
+			c->timed_waits++;
+			c->timed_ns += ours;
+		} else {
+			c->blind_waits++;
+			c->blind_ns += ours;
+		}
+	}
+	s->last_wait_ns = 0;
+	s->kernel_ns = ns;
+	s->kernel_count = count;
+}

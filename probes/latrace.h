@@ -1,0 +1,91 @@
+/* The one definition of everything that crosses from the kernel to user space. tracer/records.py
+ * has the same layouts as numpy dtypes; tests/probes compile this file and compare the two.
+ *
+ * Every ring record is one cell of the same size, whatever its type: a batch of the ring is then
+ * one numpy array, with no walk from record to record. A stack takes as many cells as it needs.
+ */
+#pragma once
+#include <linux/types.h>
+#include "hist.h"
+
+#define CELL_BYTES 120			/* with the ring's 8-byte header: two cache lines */
+#define COMM_BYTES 16
+
+enum record_type { RECORD_WAIT = 1, RECORD_STACK, RECORD_THREAD };
+enum waker_ctx { CTX_TASK, CTX_SOFTIRQ, CTX_HARDIRQ, CTX_UNKNOWN };
+enum thread_event { THREAD_SEEN, THREAD_FORK, THREAD_EXEC, THREAD_RENAME, THREAD_EXIT, THREAD_END };
+
+struct wait_record {
+	u8 type, kind, waker_ctx, place;
+	u16 cpu;
+	s16 syscall;			/* the call it was blocked in; -1: none */
+	u64 run_ns, wait_ns, blocked_ns;
+	u32 tid, tgid, waker_tid, waker_tgid;
+	char waker[COMM_BYTES];
+	u64 weight_ns, blocked_weight_ns;
+	u64 stack_key, waker_key;	/* of the RECORD_STACK cells; 0: no stack */
+	u32 wakeup_ns, migrations;
+};
+
+#define STACK_CELL_FRAMES 12
+#define STACK_KERNEL_FRAMES 48
+#define STACK_USER_FRAMES 120
+#define STACK_FRAMES (STACK_KERNEL_FRAMES + STACK_USER_FRAMES)
+
+struct stack_record {
+	u8 type, part, pad[2];
+	u16 kernel, user;		/* frames in the whole stack; kernel ones first, leaf first */
+	u64 key;
+	u32 tid, tgid;
+	u64 frames[STACK_CELL_FRAMES];
+};
+
+/* What the kernel knows of a thread, and the exact totals of it: sent when it is first seen,
+ * renamed or ended, and for every thread still there when the trace ends. */
+struct thread_record {
+	u8 type, event, place, pad;
+	u32 tid, tgid, ppid;
+	u64 ts_ns, start_ns;
+	char comm[COMM_BYTES];
+	u64 open_ns;			/* waiting or blocked for so long when the trace ended */
+	u64 waits, wait_ns, max_wait_ns, blocked, blocked_ns;
+	u64 stack_frames;		/* THREAD_END: so many u64 kernel addresses follow it */
+};
+
+/* One per histogram slot and CPU: everything here is exact whatever the ring loses. */
+struct hist {
+	u64 kinds[4];			/* waits by enum wait_kind */
+	u64 wait_ns, max_ns, blocked, blocked_ns;
+	u64 slots[HIST_SLOTS];
+};
+
+/* One per CPU. The first half is the probes' own, the second counts. */
+struct cpu_state {
+	u64 woken;			/* the last target woken from this CPU */
+	u64 due_key;			/* stack to take once the switch is over */
+	u32 due_tid, tokens;		/* stacks that may still be taken in this tick */
+	u64 next_key;
+
+	u64 rows, stacks;
+	u64 lost_waits, lost_stacks, lost_threads;	/* the ring was full */
+	u64 missed_stacks;		/* the thread never came by to have it taken */
+	u64 out_of_tokens;
+	u64 discarded, no_start, recovered, no_storage, open_at_start;
+	/* the kernel's books, task->sched_info */
+	u64 timed_waits, timed_ns, kernel_ns, kernel_count, blind_waits, blind_ns;
+	u64 pad[8];			/* no two CPUs share a cache line */
+};
+
+struct comm_pattern { u64 value[2], mask[2]; };
+struct cgroup_id { u64 id, hierarchy; };
+#define PATTERNS 8
+
+/* Written by user space while the probes run. */
+struct control {
+	u64 min_ns;			/* waits below this get no row */
+	u64 slow_ns, slow_blocked_ns;	/* intervals above these always get a stack */
+	u64 wait_period_ns, blocked_period_ns;
+	u32 follow_forks, comms, cgroups, pad;
+	struct comm_pattern comm[PATTERNS];
+	struct cgroup_id cgroup[PATTERNS];
+};

@@ -1,0 +1,67 @@
+/* Walks over all tasks (iter/task): who is a target when we begin, and how each one stands when
+ * we end. What they print is read from the iterator's file, so none of it can be lost. */
+
+static inline u64 iterated(u64 *ctx)
+{
+	return LD64(ctx, 8);		/* struct bpf_iter__task { meta, task } */
+}
+
+/* Threads that sleep now are blocked since now, as far as this trace can tell; threads that
+ * wait keep PLACE_UNKNOWN, and the kernel's `last_queued` tells how long when they run. */
+int lat_iter_seed(u64 *ctx)
+{
+	u64 task = iterated(ctx), seq = LD64(LD64(ctx, 0), 0);
+	struct thread_record r = {};
+	struct thread_state *s;
+
+	if (!task)
+		return 0;
+	if (!is_target(task))
+		return 0;
+	s = state_of(task);
+	if (!s)
+		return 0;
+	if (s->wait.place == PLACE_UNKNOWN) {
+		if (LD32(task, OFF_TASK_ON_CPU)) {
+			s->wait.place = PLACE_ON_CPU;
+		} else if (!LD32(task, OFF_TASK_ON_RQ) || LD64(task, OFF_LAST_QUEUED) == 0) {
+			s->wait.off_ns = bpf_ktime_get_ns();
+			s->wait.place = PLACE_BLOCKED;
+		}
+	}
+	fill_thread(&r, task, s, THREAD_SEEN);
+	seq_write(seq, &r, sizeof(r));
+	return 0;
+}
+
+int lat_iter_end(u64 *ctx)
+{
+	u64 task = iterated(ctx), seq = LD64(LD64(ctx, 0), 0);
+	struct thread_record r = {};
+	struct thread_state *s;
+	struct cpu_state *c = this_cpu();
+	u32 cpu = bpf_get_smp_processor_id(), slot = cpu * 3;
+	struct scratch *frames = lat_scratch.lookup(&slot);
+	long bytes = 0;
+
+	if (!task || !c || !frames)
+		return 0;
+	s = lat_tasks.task_storage_get((void *)task, 0, 0);
+	if (!s)
+		return 0;
+	look_at_books(c, s, task);
+	fill_thread(&r, task, s, THREAD_END);
+	if (s->wait.place == PLACE_WAITING)
+		r.open_ns = r.ts_ns - s->wait.start_ns;
+	if (s->wait.place == PLACE_BLOCKED) {
+		r.open_ns = r.ts_ns - s->wait.off_ns;
+		bytes = get_task_stack(task, frames->frames, STACK_KERNEL_FRAMES * 8, 0);
+		if (bytes < 0 || bytes > STACK_KERNEL_FRAMES * 8)
+			bytes = 0;
+		r.stack_frames = bytes / 8;
+	}
+	seq_write(seq, &r, sizeof(r));
+	if (bytes > 0)
+		seq_write(seq, frames->frames, bytes);
+	return 0;
+}

@@ -1,0 +1,332 @@
+/* The wait itself: from the first moment a target is runnable until it runs. */
+
+/* Which context wakes: `current` means nothing in an interrupt. On x86 the preempt count is a
+ * per-CPU variable that BPF may not name; its distance from the run queue, another per-CPU
+ * variable, is in BTF. */
+static inline u8 waker_context(u64 task)
+{
+	u32 count = 0;
+
+#if defined(OFF_TASK_PREEMPT_COUNT)
+	count = LD32(task, OFF_TASK_PREEMPT_COUNT);
+#elif defined(OFF_SE_CFS_RQ)
+	u64 cfs_rq = LD64(task, OFF_SE_CFS_RQ), rq;
+
+	if (!cfs_rq)
+		return CTX_UNKNOWN;
+	rq = LD64(cfs_rq, OFF_CFS_RQ_RQ);
+	if (read_kernel(&count, 4, rq + PREEMPT_COUNT_FROM_RQ))
+		return CTX_UNKNOWN;
+#else
+	return CTX_UNKNOWN;
+#endif
+	if (count & 0xff0000)		/* include/linux/preempt.h: HARDIRQ_MASK, NMI_MASK */
+		return CTX_HARDIRQ;
+	return count & 0x100 ? CTX_SOFTIRQ : CTX_TASK;	/* SOFTIRQ_OFFSET: serving one */
+}
+
+int lat_waking(u64 *ctx)
+{
+	u64 task = ARG(ctx, 0), now, waker, blocked;
+	struct thread_state *s;
+	struct control *o;
+	struct cpu_state *c;
+	int began;
+
+	if (!is_target(task))
+		return 0;
+	c = this_cpu();
+	s = state_of(task);
+	if (!c || !s) {
+		if (c)
+			c->no_storage++;
+		return 0;
+	}
+	now = bpf_ktime_get_ns();
+	began = wait_waking(&s->wait, now);
+	if (!began)
+		return 0;
+	waker = get_current_task_btf();
+	s->waker_tid = LD32(waker, OFF_TASK_PID);
+	s->waker_tgid = LD32(waker, OFF_TASK_TGID);
+	copy_comm(s->waker, waker);
+	s->waker_ctx = waker_context(waker);
+	s->waker_key = s->blocked_weight_ns = 0;
+	s->waking_cpu = bpf_get_smp_processor_id();
+	if (began == 2)
+		return 0;
+	c->woken = task;
+	blocked = s->wait.blocked_ns;
+	o = control();
+	if (!o || !blocked)
+		return 0;
+	s->blocked_weight_ns = sample_weight(&s->blocked_acc_ns, blocked, o->blocked_period_ns,
+					     o->slow_blocked_ns, c->tokens > 1);
+	if (s->blocked_weight_ns) {
+		u64 key = new_key(c);
+
+		c->tokens--;		/* the other one is for the thread's own stack */
+		if (send_stack(ctx, c, key, waker, s->waker_ctx == CTX_TASK, s->waker_ctx == CTX_HARDIRQ))
+			s->waker_key = key;
+		else
+			c->lost_stacks++;
+	}
+	return 0;
+}
+
+/* On a run queue. For a wake-up on the waker's own CPU this follows waking at once, in the same
+ * call: nothing to learn then. */
+int lat_wakeup(u64 *ctx)
+{
+	u64 task = ARG(ctx, 0);
+	struct thread_state *s;
+	struct cpu_state *c, *there;
+
+	if (!is_target(task))
+		return 0;
+	c = this_cpu();
+	if (!c)
+		return 0;
+	if (c->woken == task) {
+		c->woken = 0;
+		return 0;
+	}
+	s = state_of(task);
+	if (!s)
+		return 0;
+	there = lat_cpus.lookup(&s->waking_cpu);
+	if (there && there->woken == task)
+		there->woken = 0;
+	if (wait_queued(&s->wait, bpf_ktime_get_ns())) {
+		s->waker_tid = s->waker_tgid = 0;
+		s->waker[0] = 0;
+		s->waker_ctx = CTX_UNKNOWN;
+		s->waker_key = s->blocked_weight_ns = 0;
+		s->blocked_acc_ns += s->wait.blocked_ns;
+	}
+	return 0;
+}
+
+/* The first wait of a new thread: its parent is the waker. */
+int lat_wakeup_new(u64 *ctx)
+{
+	u64 task = ARG(ctx, 0), waker;
+	struct thread_state *s;
+
+	if (!is_target(task))
+		return 0;
+	s = state_of(task);
+	if (!s)
+		return 0;
+	wait_start(&s->wait, bpf_ktime_get_ns(), WAIT_NEW);
+	waker = get_current_task_btf();
+	s->waker_tid = LD32(waker, OFF_TASK_PID);
+	s->waker_tgid = LD32(waker, OFF_TASK_TGID);
+	copy_comm(s->waker, waker);
+	s->waker_ctx = CTX_TASK;
+	s->waker_key = s->blocked_weight_ns = 0;
+	return 0;
+}
+
+int lat_migrate(u64 *ctx)
+{
+	u64 task = ARG(ctx, 0);
+	struct thread_state *s;
+
+	if (!is_target(task))
+		return 0;
+	s = lat_tasks.task_storage_get((void *)task, 0, 0);
+	if (s && s->wait.place == PLACE_WAITING && s->wait.migrations < 0xffff)
+		s->wait.migrations++;
+	return 0;
+}
+
+static inline s16 syscall_of(u64 task)
+{
+#ifdef OFF_REGS_SYSCALL
+	u64 regs = task_pt_regs(task);
+
+	return LD32(regs, OFF_REGS_SYSCALL);
+#else
+	return -1;
+#endif
+}
+
+static inline void leave(u64 task, u64 now, int runnable, int dead)
+{
+	struct thread_state *s = state_of(task);
+	struct cpu_state *c = this_cpu();
+
+	if (!s || !c)
+		return;
+	if (dead) {
+		look_at_books(c, s, task);
+		s->wait.place = PLACE_ON_CPU;
+		send_thread(task, s, THREAD_EXIT, 0);
+		return;
+	}
+	wait_leave(&s->wait, now, runnable);
+	if (runnable) {
+		s->waker_tid = s->waker_tgid = 0;
+		s->waker_key = s->blocked_weight_ns = 0;
+		s->waker_ctx = CTX_UNKNOWN;
+		*(u64 *)s->waker = 0;
+	}
+}
+
+static inline void enter(u64 task, u64 now)
+{
+	struct thread_state *s = state_of(task);
+	struct cpu_state *c = this_cpu();
+	struct control *o = control();
+	u32 cpu = bpf_get_smp_processor_id(), i;
+	struct wait_record *r;
+	u64 wait, weight, slot, key = 0;
+	struct hist *h;
+	int started;
+	u8 place;
+
+	if (!s || !c || !o)
+		return;
+	look_at_books(c, s, task);
+	if (s->wait.place == PLACE_WAITING && s->wait.start_ns > now)
+		c->discarded++;
+	place = s->wait.place;
+	wait = wait_enter(&s->wait, now, &started);
+	if (!started) {
+		/* Already waiting when we came, or its wake-up was not seen. The kernel knows
+		 * since when: its run-queue clock was read a moment ago, in __schedule(). */
+		u64 queued = LD64(task, OFF_LAST_QUEUED), cfs_rq, rq, clock;
+
+		if (place == PLACE_ON_CPU)
+			return;
+		if (place == PLACE_UNKNOWN)
+			c->open_at_start++;
+		else
+			c->no_start++;
+		if (!queued)
+			return;
+		cfs_rq = LD64(task, OFF_SE_CFS_RQ);
+		rq = LD64(cfs_rq, OFF_CFS_RQ_RQ);
+		clock = LD64(rq, OFF_RQ_CLOCK);
+		if (clock < queued)
+			return;
+		wait = clock - queued;
+		s->wait.kind = WAIT_WAKEUP;
+		s->wait.blocked_ns = 0;
+		s->wait.queued_ns = 0;
+		s->wait.migrations = 0;
+		c->recovered++;
+		s->blocked_weight_ns = s->waker_key = 0;
+		s->waker_tid = s->waker_tgid = 0;
+		s->waker_ctx = CTX_UNKNOWN;
+		*(u64 *)s->waker = 0;
+	}
+	s->last_wait_ns = wait + 1;
+	s->waits++;
+	s->wait_ns += wait;
+	if (wait > s->max_wait_ns)
+		s->max_wait_ns = wait;
+	i = s->slot * NCPU + cpu;
+	h = lat_hist.lookup(&i);
+	if (!h)
+		return;
+	h->kinds[s->wait.kind & 3]++;
+	h->wait_ns += wait;
+	if (wait > h->max_ns)
+		h->max_ns = wait;
+	if (s->wait.blocked_ns) {
+		s->blocked++;
+		s->blocked_ns += s->wait.blocked_ns;
+		h->blocked++;
+		h->blocked_ns += s->wait.blocked_ns;
+	}
+	slot = hist_slot(wait);
+	asm volatile("" : "+r"(slot));	/* check and use the same register */
+	if (slot < HIST_SLOTS)
+		h->slots[slot]++;
+
+	weight = sample_weight(&s->wait_acc_ns, wait, o->wait_period_ns, o->slow_ns, c->tokens > 0);
+	if (weight | s->blocked_weight_ns) {
+		if (s->wait.kind != WAIT_NEW) {
+			c->missed_stacks += c->due_tid != 0;
+			key = new_key(c);
+			c->due_key = key;
+			c->due_tid = LD32(task, OFF_TASK_PID);
+			c->tokens -= c->tokens > 0;
+		}
+	} else if (wait < o->min_ns) {
+		return;
+	}
+	r = lat_ring.ringbuf_reserve(CELL_BYTES);
+	if (!r) {
+		c->lost_waits++;
+		return;
+	}
+	c->rows++;
+	r->type = RECORD_WAIT;
+	r->kind = s->wait.kind;
+	r->waker_ctx = s->waker_ctx;
+	r->place = place;
+	r->cpu = cpu;
+	r->syscall = s->wait.blocked_ns ? syscall_of(task) : -1;
+	r->run_ns = now;
+	r->wait_ns = wait;
+	r->blocked_ns = s->wait.blocked_ns;
+	r->tid = LD32(task, OFF_TASK_PID);
+	r->tgid = LD32(task, OFF_TASK_TGID);
+	r->waker_tid = s->waker_tid;
+	r->waker_tgid = s->waker_tgid;
+	*(u64 *)r->waker = *(u64 *)s->waker;
+	*(u64 *)(r->waker + 8) = *(u64 *)(s->waker + 8);
+	r->weight_ns = weight;
+	r->blocked_weight_ns = s->blocked_weight_ns;
+	r->stack_key = key;
+	r->waker_key = s->waker_key;
+	r->wakeup_ns = s->wait.queued_ns ? s->wait.queued_ns - (now - wait) : 0;
+	r->migrations = s->wait.migrations;
+	lat_ring.ringbuf_submit(r, BPF_RB_NO_WAKEUP);
+}
+
+int lat_switch(u64 *ctx)
+{
+	u64 prev = ARG(ctx, 1), next = ARG(ctx, 2), now;
+	int out = is_target(prev), in = is_target(next);
+
+	if (!out && !in)
+		return 0;
+	now = bpf_ktime_get_ns();
+	if (out) {
+#ifdef HAVE_PREV_STATE
+		u32 state = ARG(ctx, 3);
+#else
+		u32 state = LD32(prev, OFF_TASK_STATE);
+#endif
+		leave(prev, now, (u8)ARG(ctx, 0) || !state, state & TASK_DEAD);
+	}
+	if (in)
+		enter(next, now);
+	return 0;
+}
+
+/* The end of __schedule(), in the thread that was switched in: only here can its user stack be
+ * read, and only now is it known that its wait was worth one. */
+int lat_sched_exit(u64 *ctx)
+{
+	struct cpu_state *c = this_cpu();
+	u64 task, key;
+
+	if (!c || !c->due_tid)
+		return 0;
+	task = get_current_task_btf();
+	key = c->due_key;
+	if (LD32(task, OFF_TASK_PID) != c->due_tid) {
+		c->due_tid = 0;
+		c->missed_stacks++;
+		return 0;
+	}
+	c->due_tid = 0;
+	if (!send_stack(ctx, c, key, task, 1, 2))
+		c->lost_stacks++;
+	return 0;
+}
