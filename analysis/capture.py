@@ -25,6 +25,9 @@ from pyarrow import ipc
 
 DEFAULT_PATH = Path("latrace.data")
 
+# What tells which rows of these tables to take.
+_KEYS = {**dict.fromkeys(SNAPSHOTS, ("snapshot",)), "threads": ("tid", "start_ns")}
+
 
 class Capture:
     """A recorded run. Tables are read when they are first asked for. Made by `open_capture`.
@@ -93,14 +96,16 @@ class Capture:
 
         Raises KeyError for a name that is not in the contract, CaptureError for a damaged file.
         """
-        table = self._read(name, columns)
+        keys = _KEYS.get(name, ())
+        wanted = None if columns is None else list(dict.fromkeys([*columns, *keys]))
+        table = self._read(name, wanted)
         if name in SNAPSHOTS:
             snapshot = self._snapshots.get(name)
             if snapshot is not None:
                 table = table.filter(pc.equal(table["snapshot"], pa.scalar(snapshot, pa.uint32())))
-        elif name == "threads" and columns is None:
-            table = _last_of_each(table, ("tid", "start_ns"))
-        return table
+        elif keys:
+            table = _last_of_each(table, keys)
+        return table if columns is None else table.select(list(columns))
 
     @cached_property
     def _snapshots(self) -> dict[str, int]:
@@ -126,38 +131,76 @@ class Capture:
         except _DamagedError as error:
             raise _damaged(file, str(error)) from error
 
+    def batches(self, name: str, *, columns: Sequence[str]) -> Iterator[pa.Table]:
+        """Yield a table piece by piece, as it was written: for tables larger than memory.
+
+        `hist`, `totals` and `threads` come as written too, earlier snapshots included.
+
+        Raises KeyError for a name that is not in the contract, CaptureError for a damaged file.
+        """
+        for batch in self._batches(name, columns):
+            yield self._conform(pa.Table.from_batches([batch]), name, columns, rows=batch.num_rows)
+
     def _read(self, name: str, columns: Sequence[str] | None) -> pa.Table:
-        contract = TABLES[name]
-        wanted = contract.names if columns is None else list(columns)
-        if columns is not None and name in SNAPSHOTS and "snapshot" not in wanted:
-            wanted = [*wanted, "snapshot"]
+        batches = list(self._batches(name, columns))
+        if not batches:
+            return self._conform(pa.table({}), name, columns, rows=0)
+        rows = sum(batch.num_rows for batch in batches)
+        return self._conform(pa.Table.from_batches(batches), name, columns, rows=rows)
+
+    def _batches(self, name: str, columns: Sequence[str] | None) -> Iterator[pa.RecordBatch]:
+        """Yield the whole record batches of a stream, with those of `columns` that it has."""
         extent = self._extent(name)
         if extent is None or not extent.schema:
-            return _conform(pa.table({}), contract, wanted, rows=0)
+            return
         file = self._file(name)
         try:
             with pa.OSFile(os.fspath(file)) as source:
-                schema = ipc.open_stream(source).schema
+                present = ipc.open_stream(source).schema.names
             chosen = [
                 index
-                for index, column in enumerate(schema.names)
-                if columns is None or column in wanted
-            ]
+                for index, column in enumerate(present)
+                if columns is None or column in columns
+            ] or [0]  # Arrow takes an empty list for all; the number of rows is wanted
             with pa.OSFile(os.fspath(file)) as source:
-                options = ipc.IpcReadOptions(included_fields=chosen)
+                options = ipc.IpcReadOptions(included_fields=chosen, use_threads=False)
                 reader = ipc.open_stream(source, options=options)
-                batches = [reader.read_next_batch() for _ in range(extent.batches)]
-                rows = sum(batch.num_rows for batch in batches)
-                table = pa.Table.from_batches(batches, reader.schema) if chosen else pa.table({})
-                # Someone else may have made this capture: let no index point outside.
-                table.validate(full=True)
-                if columns is None:
-                    wanted = [*wanted, *(extra for extra in schema.names if extra not in wanted)]
-                return _conform(table, contract, wanted, rows=rows)
+                for _ in range(extent.batches):
+                    batch = reader.read_next_batch()
+                    # Someone else may have made this capture: let no index point outside.
+                    batch.validate(full=True)
+                    yield batch
         except OSError as error:
             raise _unreadable(file, error) from error
         except pa.ArrowException as error:
             raise _damaged(file, str(error)) from error
+
+    def _conform(
+        self, table: pa.Table, name: str, wanted: Sequence[str] | None, *, rows: int
+    ) -> pa.Table:
+        """Give a table the wanted columns, of the contract's types; those it lacks become null.
+
+        With `wanted` None: those of the contract, then what the table has besides.
+        """
+        contract = TABLES[name]
+        if wanted is None:
+            wanted = list(dict.fromkeys([*contract.names, *table.column_names]))
+        columns = []
+        for column in wanted:
+            if column not in contract.names:
+                columns.append(table[column])
+                continue
+            kind = contract.field(column).type
+            if column not in table.column_names:
+                columns.append(pa.chunked_array([pa.nulls(rows, kind)]))
+            elif table[column].type == kind:
+                columns.append(table[column])
+            else:
+                try:
+                    columns.append(table[column].cast(kind))
+                except pa.ArrowException as error:
+                    raise _damaged(self._file(name), str(error)) from error
+        return pa.table(dict(zip(wanted, columns, strict=True))).unify_dictionaries()
 
     def _file(self, name: str) -> Path:
         return self.path / (name + SUFFIX)
@@ -202,23 +245,7 @@ def open_capture(path: str | os.PathLike[str] = DEFAULT_PATH) -> Capture:
 # --- tables ------------------------------------------------------------------------------------
 
 
-def _conform(table: pa.Table, contract: pa.Schema, wanted: Sequence[str], *, rows: int) -> pa.Table:
-    """Give a table the wanted columns, of the contract's types; those it lacks become null."""
-    columns = []
-    for name in wanted:
-        kind = contract.field(name).type if name in contract.names else None
-        if name not in table.column_names:
-            if kind is None:
-                raise KeyError(name)
-            columns.append(pa.chunked_array([pa.nulls(rows, kind)]))
-        elif kind is None or table[name].type == kind:
-            columns.append(table[name])
-        else:
-            columns.append(table[name].cast(kind))
-    return pa.table(dict(zip(wanted, columns, strict=True))).unify_dictionaries()
-
-
-def _last_of_each(table: pa.Table, key: tuple[str, str]) -> pa.Table:
+def _last_of_each(table: pa.Table, key: Sequence[str]) -> pa.Table:
     """Keep the last row of those that share `key`, in the order of the first column."""
     if table.num_rows < 2:
         return table
