@@ -1,0 +1,390 @@
+"""Turn a capture into the numbers of `latrace report --json`.
+
+Counts, totals and quantiles come from the in-kernel counters and are exact, whatever rows were
+lost or left out. What only rows tell (wakers, calls, stacks) says of how many rows. A capture
+that was killed before its counters were written is summed up from its rows, and says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from latrace.analysis import histogram
+from latrace.analysis.capture import Capture
+from latrace.analysis.rows import Rows, StackSum, Sum, scan
+from latrace.analysis.schema import SCHEMA_VERSION
+
+_KINDS = ("wakeup", "new", "preempted")
+_QUALITY_COUNTS = ("lost_events", "lost_stacks", "open_at_start", "open_at_end")
+
+
+def summarise(capture: Capture, *, top: int = 10) -> dict[str, Any]:
+    """Sum up a capture: the machine interface, schema 1, durations in ns.
+
+    Besides the contract's keys: `waits.by_kind`, `waits.blocked`, `processes`, `threads`,
+    `wakers`, `syscalls` and `stacks`, at most `top` entries each, the greatest first. Everything
+    in it can be written as JSON.
+
+    Raises CaptureError for a damaged file.
+    """
+    rows = scan(capture)
+    processes = _processes(capture, rows)
+    exact = bool(processes) or not rows.all.count
+    if not exact:
+        processes = _processes_of_rows(rows)
+    total = Sum()
+    for entry in processes.values():
+        total.add(entry.sum)
+    counts = _histogram(capture, rows, exact=exact)
+    threads = _threads(capture, rows)
+    names = _process_names(capture, threads)
+    return {
+        "schema": SCHEMA_VERSION,
+        "capture": _capture(capture, rows, names),
+        "quality": {**_quality(capture, rows, threads, total), "totals_from_rows": not exact},
+        "waits": _waits(counts, total, processes, rows),
+        "processes": [
+            {
+                "tgid": tgid,
+                "comm": names.get(tgid, ""),
+                "waits": entry.sum.count,
+                "wait_ns": entry.sum.wait_ns,
+                "max_ns": entry.sum.max_ns,
+                "blocked_ns": entry.sum.blocked_ns,
+            }
+            for tgid, entry in sorted(processes.items(), key=lambda item: -item[1].sum.wait_ns)
+        ][:top],
+        "threads": threads[:top],
+        "wakers": _wakers(rows)[:top],
+        "syscalls": _syscalls(rows)[:top],
+        "stacks": _stacks(capture, rows, top=top),
+        "sleeps": [],
+        "retransmits": {"count": 0, "by_peer": []},
+        "overhead": _overhead(capture.manifest),
+    }
+
+
+# --- the counters ------------------------------------------------------------------------------
+
+
+class _Process:
+    """One process's totals, and how many waits of each kind."""
+
+    def __init__(self, total: Sum, kinds: Mapping[str, int]) -> None:
+        self.sum = total
+        self.kinds = dict(kinds)
+
+
+def _processes(capture: Capture, rows: Rows) -> dict[int, _Process]:
+    processes: dict[int, _Process] = {}
+    for line in _filled(capture.totals).to_pylist():
+        entry = processes.setdefault(line["tgid"], _Process(Sum(), {}))
+        entry.sum.add(
+            Sum(line["waits"], line["wait_ns"], line["max_ns"], line["blocked"], line["blocked_ns"])
+        )
+        for kind in _KINDS:
+            entry.kinds[kind] = entry.kinds.get(kind, 0) + line[f"waits_{kind}"]
+    counted = sum(entry.sum.count for entry in processes.values())
+    # Counters that say nothing was seen while rows say otherwise are from before the rows.
+    return processes if counted or not rows.all.count else {}
+
+
+def _processes_of_rows(rows: Rows) -> dict[int, _Process]:
+    processes: dict[int, _Process] = {}
+    for (_, tgid), total in rows.threads.items():
+        processes.setdefault(tgid, _Process(Sum(), {})).sum.add(total)
+    return processes
+
+
+def _histogram(capture: Capture, rows: Rows, *, exact: bool) -> histogram.Counts:
+    hist = _filled(capture.hist)
+    hist = hist.filter(pc.equal(pc.cast(hist["metric"], pa.utf8()), "wait"))
+    if not exact or not hist.num_rows:
+        return rows.hist
+    return histogram.from_buckets(_array(hist, "lo_ns"), _array(hist, "count"))
+
+
+def _waits(
+    counts: histogram.Counts, total: Sum, processes: Mapping[int, _Process], rows: Rows
+) -> dict[str, Any]:
+    p50, p90, p99, p999 = histogram.quantiles(counts, (0.5, 0.9, 0.99, 0.999), max_ns=total.max_ns)
+    tail = rows.tail(p99)
+    kinds = {kind: sum(entry.kinds.get(kind, 0) for entry in processes.values()) for kind in _KINDS}
+    if not any(kinds.values()):
+        kinds = {kind: rows.kinds.get(kind, Sum()).count for kind in _KINDS}
+    return {
+        "count": total.count,
+        "total_ns": total.wait_ns,
+        "p50_ns": p50,
+        "p90_ns": p90,
+        "p99_ns": p99,
+        "p999_ns": p999,
+        "max_ns": total.max_ns,
+        "by_cause_ns": {},
+        "by_kind": {
+            kind: {"count": kinds[kind], "row_wait_ns": rows.kinds.get(kind, Sum()).wait_ns}
+            for kind in _KINDS
+        },
+        "tail": {
+            "over_ns": p99,
+            "count": histogram.count_over(counts, p99),
+            "total_ns": tail.wait_ns,  # of the rows: exact when `rows` is `count`
+            "rows": tail.count,
+            "by_cause_ns": {},
+        },
+        "culprits": [],
+        "blocked": {"count": total.blocked, "total_ns": total.blocked_ns},
+    }
+
+
+# --- who and where -----------------------------------------------------------------------------
+
+
+def _threads(capture: Capture, rows: Rows) -> list[dict[str, Any]]:
+    """List the threads that waited most first; their totals are exact if the capture has them."""
+    listed = {
+        (line["tid"], line["tgid"], line["start_ns"]): {
+            "tid": line["tid"],
+            "tgid": line["tgid"],
+            "comm": line["comm"] or "",
+            "waits": line["waits"],
+            "wait_ns": line["wait_ns"],
+            "max_ns": line["max_wait_ns"],
+            "blocked_ns": line["blocked_ns"],
+            "open": line["open"] or "",
+            "open_ns": line["open_ns"],
+        }
+        for line in _filled(capture.threads).to_pylist()
+    }
+    known = {key[:2] for key in listed}
+    for (tid, tgid), total in rows.threads.items():
+        if (tid, tgid) not in known:  # alive when the capture was cut off
+            listed[tid, tgid, 0] = {
+                "tid": tid,
+                "tgid": tgid,
+                "comm": "",
+                "waits": total.count,
+                "wait_ns": total.wait_ns,
+                "max_ns": total.max_ns,
+                "blocked_ns": total.blocked_ns,
+                "open": "",
+                "open_ns": 0,
+            }
+    return sorted(listed.values(), key=lambda thread: (-thread["wait_ns"], thread["tid"]))
+
+
+def _wakers(rows: Rows) -> list[dict[str, Any]]:
+    """List who made the targets runnable, those with most waiting after it first.
+
+    Interrupts are one entry for each context: the thread they interrupted had no part in it.
+    """
+    merged: dict[tuple[str, int, int, str], Sum] = {}
+    for (context, tid, tgid, comm), total in rows.wakers.items():
+        if context == "task":
+            key = (context, tid, tgid, comm)
+        elif context:
+            key = (context, 0, 0, "")
+        else:
+            continue  # nobody woke it: preempted
+        merged.setdefault(key, Sum()).add(total)
+    listed = [
+        {
+            "tid": tid,
+            "tgid": tgid,
+            "comm": comm,
+            "ctx": context,
+            "waits": total.count,
+            "wait_ns": total.wait_ns,
+        }
+        for (context, tid, tgid, comm), total in merged.items()
+    ]
+    return sorted(listed, key=lambda waker: (-int(waker["wait_ns"]), waker["tid"]))
+
+
+def _syscalls(rows: Rows) -> list[dict[str, Any]]:
+    """List the calls that the targets were blocked in, the longest first; "": in none."""
+    listed = [
+        {
+            "call": call,
+            "count": total.blocked,
+            "blocked_ns": total.blocked_ns,
+            "wait_ns": total.wait_ns,
+        }
+        for call, total in rows.syscalls.items()
+        if total.blocked
+    ]
+    return sorted(listed, key=lambda entry: (-int(entry["blocked_ns"]), entry["call"]))
+
+
+def _stacks(capture: Capture, rows: Rows, *, top: int) -> dict[str, list[dict[str, Any]]]:
+    """List the stacks that stand for most waiting, and for most blocked time."""
+    by_wait = _heaviest(rows, lambda entry: entry.wait_ns, top)
+    by_blocked = _heaviest(rows, lambda entry: entry.blocked_ns, top)
+    texts = _frames_of(capture, {number for number, _ in by_wait + by_blocked})
+    return {
+        "wait": [{"weight_ns": weight, **texts[number]} for number, weight in by_wait],
+        "blocked": [{"weight_ns": weight, **texts[number]} for number, weight in by_blocked],
+    }
+
+
+def _heaviest(rows: Rows, weight: Any, top: int) -> list[tuple[int, int]]:
+    weighed = [
+        (number, int(weight(entry)))
+        for number, entry in rows.stacks.items()
+        if number >= 0 and weight(entry)
+    ]
+    return sorted(weighed, key=lambda item: (-item[1], item[0]))[:top]
+
+
+def _frames_of(capture: Capture, numbers: set[int]) -> dict[int, dict[str, Any]]:
+    """Name the frames of some stacks, leaf first; a stack that the capture lacks has none."""
+    found: dict[int, dict[str, Any]] = {
+        number: {"whole": False, "user": [], "kernel": []} for number in numbers
+    }
+    wanted = pa.array(sorted(numbers), pa.int32())
+    stacks = capture.table("stacks", columns=["id", "frames", "whole"])
+    stacks = stacks.filter(pc.is_in(stacks["id"], wanted)).to_pylist()
+    used = {frame for stack in stacks for frame in stack["frames"] or []}
+    frames = capture.table("frames", columns=["id", "symbol", "module", "offset", "space"])
+    frames = frames.filter(pc.is_in(frames["id"], pa.array(sorted(used), pa.int32())))
+    named = {frame["id"]: frame for frame in frames.to_pylist()}
+    for stack in stacks:
+        entry = found[stack["id"]]
+        entry["whole"] = stack["whole"] is True
+        for number in stack["frames"] or []:
+            frame = named.get(number, {})
+            side = "kernel" if frame.get("space") == "kernel" else "user"
+            entry[side].append(_frame_name(frame))
+    return found
+
+
+def _frame_name(frame: Mapping[str, Any]) -> str:
+    if frame.get("symbol"):
+        return str(frame["symbol"])
+    if frame.get("module"):
+        module = str(frame["module"]).rsplit("/", 1)[-1]
+        return f"{module}+{frame.get('offset') or 0:#x}"
+    return "[unknown]"
+
+
+# --- what the manifest says --------------------------------------------------------------------
+
+
+def _capture(capture: Capture, rows: Rows, names: Mapping[int, str]) -> dict[str, Any]:
+    manifest = capture.manifest
+    start = _number(manifest, "start_ns")
+    # A capture that was cut off does not know its end; its last row is near it.
+    end = _number(manifest, "end_ns") or max(rows.last_run_ns, start)
+    targets = [entry for entry in _list(manifest, "targets") if isinstance(entry, dict)]
+    if not targets:
+        targets = [{"tgid": tgid, "comm": comm} for tgid, comm in sorted(names.items())]
+    return {
+        "path": str(capture.path),
+        "targets": targets,
+        "duration_s": (end - start) / 1e9 if start else 0.0,
+        "start_ns": start,
+        "started_realtime_ns": _number(manifest, "started_realtime_ns"),
+        "host": str(manifest.get("host", "")),
+        "kernel": str(manifest.get("kernel", "")),
+        "cpus": _number(manifest, "cpus"),
+        "complete": capture.complete,
+        "truncated": capture.truncated,
+    }
+
+
+def _quality(
+    capture: Capture, rows: Rows, threads: list[dict[str, Any]], total: Sum
+) -> dict[str, Any]:
+    quality = _object(capture.manifest, "quality")
+    kernel, traced = (_number(quality, f"{who}_run_delay_ns") for who in ("kernel", "traced"))
+    blind = _object(quality, "books_blind")
+    further = {
+        key: value
+        for key, value in quality.items()
+        if isinstance(value, int) and not isinstance(value, bool)
+    }
+    return {
+        **further,
+        "waits": total.count,
+        **{key: _number(quality, key) for key in _QUALITY_COUNTS},
+        "degraded": [entry for entry in _list(quality, "degraded") if isinstance(entry, dict)],
+        "rows": rows.all.count,
+        "row_wait_ns": rows.all.wait_ns,
+        "threads": len(threads),
+        "stacks": _stack_quality(capture, rows.stacks),
+        "kernel_run_delay_ns": kernel,
+        "traced_run_delay_ns": traced,
+        "coverage": traced / kernel if kernel else None,
+        "books_blind": {"count": _number(blind, "count"), "ns": _number(blind, "ns")},
+    }
+
+
+def _stack_quality(capture: Capture, sampled: Mapping[int, StackSum]) -> dict[str, int]:
+    """Count the samples: with a whole stack, with a part of one, with none."""
+    stacks = capture.table("stacks", columns=["id", "whole"])
+    whole = dict(zip(stacks["id"].to_pylist(), stacks["whole"].to_pylist(), strict=True))
+    result = {"whole": 0, "truncated": 0, "missing": 0}
+    for number, entry in sampled.items():
+        state = whole.get(number, "missing")
+        name = "missing" if state == "missing" else "whole" if state else "truncated"
+        result[name] += entry.samples
+    return result
+
+
+def _overhead(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    overhead = _object(manifest, "overhead")
+    return {
+        **overhead,
+        "bpf_ns": _number(overhead, "bpf_ns"),
+        "programs": [entry for entry in _list(overhead, "programs") if isinstance(entry, dict)],
+        "self_cpu_s": float(_number(overhead, "self_cpu_s")),
+    }
+
+
+def _process_names(capture: Capture, threads: list[dict[str, Any]]) -> dict[int, str]:
+    """Name each process: by its first thread, or as it was when we attached."""
+    names = {
+        int(entry["tgid"]): str(entry.get("comm", ""))
+        for entry in _list(capture.manifest, "targets")
+        if isinstance(entry, dict) and isinstance(entry.get("tgid"), int)
+    }
+    names.update(
+        (thread["tgid"], thread["comm"])
+        for thread in threads
+        if thread["tid"] == thread["tgid"] and thread["comm"]
+    )
+    return names
+
+
+# --- small parts -------------------------------------------------------------------------------
+
+
+def _filled(table: pa.Table) -> pa.Table:
+    """Put 0 where a number is missing."""
+    for index, field in enumerate(table.schema):
+        if pa.types.is_integer(field.type):
+            table = table.set_column(index, field.name, pc.fill_null(table[field.name], 0))
+    return table
+
+
+def _array(table: pa.Table, name: str) -> np.ndarray[Any, Any]:
+    return np.asarray(table[name].combine_chunks())
+
+
+def _object(owner: Mapping[str, Any], key: str) -> dict[str, Any]:
+    value = owner.get(key)
+    return value if isinstance(value, dict) else {}
+
+
+def _list(owner: Mapping[str, Any], key: str) -> list[Any]:
+    value = owner.get(key)
+    return value if isinstance(value, list) else []
+
+
+def _number(owner: Mapping[str, Any], key: str) -> Any:
+    value = owner.get(key)
+    return value if isinstance(value, int | float) and not isinstance(value, bool) else 0
