@@ -1,0 +1,85 @@
+"""Status to stderr, data to stdout; a stream that is closed or gone never costs a capture."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import sys
+from pathlib import Path
+from typing import TextIO
+
+_USUAL_WIDTH = 80
+_MIN_WIDTH = 40
+
+
+class Status:
+    """Words about the run, on stderr. `quiet` leaves only warnings; `verbose` adds details."""
+
+    def __init__(
+        self, *, quiet: bool = False, verbose: bool = False, stream: TextIO | None = None
+    ) -> None:
+        self.quiet = quiet
+        self.verbose = verbose
+        self.stream = sys.stderr if stream is None else stream
+
+    def say(self, text: str) -> None:
+        """Print a line, unless quiet."""
+        if not self.quiet:
+            self._write(text)
+
+    def detail(self, text: str) -> None:
+        """Print a line if verbose."""
+        if self.verbose and not self.quiet:
+            self._write(text)
+
+    def warn(self, text: str) -> None:
+        """Print a line in any case."""
+        self._write(text)
+
+    def write(self, text: str) -> None:
+        """Write `text` as it is, and let it be seen at once."""
+        try:
+            self.stream.write(text)
+            self.stream.flush()
+        except (OSError, ValueError):  # the terminal was closed; the trace goes on
+            pass
+
+    def _write(self, text: str) -> None:
+        self.write(text + "\n")
+
+
+def is_terminal(stream: TextIO) -> bool:
+    """Whether `stream` is a terminal that can move its cursor."""
+    try:
+        return stream.isatty() and os.environ.get("TERM", "dumb") != "dumb"
+    except ValueError:  # closed
+        return False
+
+
+def wants_colour(stream: TextIO) -> bool:
+    """Whether to use colours on `stream` (https://no-color.org)."""
+    return is_terminal(stream) and not os.environ.get("NO_COLOR")
+
+
+def width_of(stream: TextIO) -> int:
+    """Columns to fill on `stream`: 80, or fewer on a narrow terminal."""
+    try:
+        columns = os.get_terminal_size(stream.fileno()).columns
+    except (OSError, ValueError):
+        return _USUAL_WIDTH
+    return max(_MIN_WIDTH, min(_USUAL_WIDTH, columns or _USUAL_WIDTH))
+
+
+def program() -> str:
+    """How to call latrace again as it was called now: by its name if the PATH has it."""
+    found = shutil.which("latrace")
+    called = Path(sys.argv[0])
+    if called.name != "latrace" or (found and Path(found).resolve() == called.resolve()):
+        return "latrace"
+    return shlex.quote(str(called.absolute()))
+
+
+def command_line() -> str:
+    """The present command as one can type it again."""
+    return shlex.join([program(), *sys.argv[1:]])

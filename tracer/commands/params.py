@@ -1,0 +1,112 @@
+"""The options that mean the same in every command, declared once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from latrace.tracer.commands.quantities import parse_duration, parse_ring_size, parse_run_time
+from latrace.tracer.options import (
+    DEFAULT_RING_BYTES,
+    DEFAULT_SLOW_NS,
+    DEFAULT_STACK_BUDGET_PER_S,
+    Options,
+)
+from latrace.tracer.targets import Targets
+
+Duration = Annotated[
+    str | None,
+    typer.Option(
+        "-d",
+        "--duration",
+        metavar="TIME",
+        help="Stop after this long: 30s, 5m; a bare number is seconds.",
+    ),
+]
+Output = Annotated[
+    Path | None,
+    typer.Option(
+        "-o",
+        "--output",
+        metavar="DIR",
+        help="Where the capture goes. Without it: latrace.data; an earlier one"
+        " is moved to latrace.data.old.",
+    ),
+]
+Input = Annotated[
+    Path,
+    typer.Option("-i", "--input", metavar="DIR", help="The capture to read."),
+]
+Force = Annotated[bool, typer.Option("-f", "--force", help="Replace an output that exists.")]
+Minimum = Annotated[
+    str | None,
+    typer.Option(
+        "--min",
+        metavar="TIME",
+        help="Record only waits of at least this in detail; 0 records all and never adapts."
+        " Without it: all, until there are too many. Counts and percentiles are exact anyway.",
+    ),
+]
+Slow = Annotated[
+    str,
+    typer.Option("--slow", metavar="TIME", help="A wait of at least this gets its stack."),
+]
+NoStacks = Annotated[
+    bool, typer.Option("--no-stacks", help="Take no stacks: cheaper, no flame graph.")
+]
+StackBudget = Annotated[
+    int,
+    typer.Option(
+        "--stack-budget",
+        metavar="N",
+        min=1,
+        max=1_000_000,
+        help="Take at most so many stacks per second.",
+    ),
+]
+RingSize = Annotated[
+    str,
+    typer.Option(
+        "--ring-size",
+        metavar="SIZE",
+        help="Buffer between kernel and latrace, a power of two: 16M.",
+    ),
+]
+Children = Annotated[
+    bool,
+    typer.Option("--children", help="Also all descendants alive now, and all forked later."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print the report as JSON, for machines.")]
+Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Say more on the way.")]
+Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Say nothing on the way but warnings.")]
+
+DEFAULT_SLOW = f"{DEFAULT_SLOW_NS // 1000}us"
+DEFAULT_RING = f"{DEFAULT_RING_BYTES >> 20}M"
+DEFAULT_BUDGET = DEFAULT_STACK_BUDGET_PER_S
+
+
+def make_options(
+    targets: Targets,
+    *,
+    duration: str | None,
+    minimum: str | None,
+    slow: str,
+    no_stacks: bool,
+    stack_budget: int,
+    ring_size: str,
+) -> Options:
+    """The tracer's options from the command line's texts. Raises `UsageError`."""
+    return Options(
+        pids=targets.pids,
+        tids=targets.tids,
+        comms=targets.comms,
+        cgroups=targets.cgroups,
+        children=targets.children,
+        min_ns=None if minimum is None else parse_duration(minimum, option="--min"),
+        slow_ns=parse_duration(slow, option="--slow"),
+        stacks=not no_stacks,
+        stack_budget_per_s=stack_budget,
+        ring_bytes=parse_ring_size(ring_size),
+        duration_s=None if duration is None else parse_run_time(duration),
+    )

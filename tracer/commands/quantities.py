@@ -1,0 +1,104 @@
+"""Quantities with a unit, as the command line takes them: `50us`, `10ms`, `30s`, `16M`."""
+
+from __future__ import annotations
+
+import re
+from decimal import Decimal
+
+from latrace.tracer.errors import UsageError
+
+_NS_PER_UNIT = {
+    "ns": 1,
+    "us": 1_000,
+    "µs": 1_000,
+    "ms": 1_000_000,
+    "s": 1_000_000_000,
+    "m": 60_000_000_000,
+    "h": 3_600_000_000_000,
+}
+_BYTES_PER_UNIT = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
+_NUMBER = r"(?P<number>[0-9]{1,15}(?:\.[0-9]{1,9})?)"
+_DURATION = re.compile(_NUMBER + r"\s*(?P<unit>[a-zµ]*)")
+_SIZE = re.compile(_NUMBER + r"\s*(?P<unit>[kmg]?)(?:ib|b)?", re.IGNORECASE)
+_PAGE = 4096
+_MAX_RING = 1 << 30
+_DAY_NS = 24 * 3_600_000_000_000
+
+
+def parse_duration(text: str, *, option: str, bare_unit: str | None = None) -> int:
+    """Nanoseconds of a duration such as `1.5ms`.
+
+    A bare number is taken in `bare_unit`, or refused if there is none (0 needs no unit). Raises
+    `UsageError` naming `option`.
+    """
+    match = _DURATION.fullmatch(text.strip())
+    if match is None:
+        raise UsageError(
+            f"{option} {text!r} is not a duration", hint=f"write for example {option} 50us"
+        )
+    number, unit = Decimal(match["number"]), match["unit"] or bare_unit
+    if unit is None:
+        if number == 0:
+            return 0
+        raise UsageError(
+            f"{option} {text} has no unit",
+            hint=f"say which: {option} {text}us, {text}ms or {text}s",
+        )
+    if unit not in _NS_PER_UNIT:
+        raise UsageError(
+            f"{option} {text}: there is no unit {unit!r}", hint="units are ns us ms s m h"
+        )
+    return int(number * _NS_PER_UNIT[unit])
+
+
+def parse_run_time(text: str) -> float:
+    """Seconds of `-d/--duration`: suffixed, or bare seconds; more than 0, at most 30 days."""
+    nanoseconds = parse_duration(text, option="--duration", bare_unit="s")
+    if not 0 < nanoseconds <= 30 * _DAY_NS:
+        raise UsageError(
+            f"--duration {text} is not a time to trace for",
+            hint="leave it out to trace until Ctrl-C",
+        )
+    return nanoseconds / 1e9
+
+
+def parse_ring_size(text: str) -> int:
+    """Bytes of the ring buffer; the kernel takes powers of two of at least one page."""
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        raise UsageError(
+            f"--ring-size {text!r} is not a size", hint="write for example --ring-size 16M"
+        )
+    size = int(Decimal(match["number"]) * _BYTES_PER_UNIT[match["unit"].lower()])
+    if not _PAGE <= size <= _MAX_RING:
+        raise UsageError(
+            f"--ring-size {text} is out of range", hint="the ring holds 4K to 1G; 16M is usual"
+        )
+    if size & (size - 1):
+        below = 1 << (size.bit_length() - 1)
+        raise UsageError(
+            f"--ring-size {text} is not a power of two, as the kernel wants it",
+            hint=f"take {show_size(below)} or {show_size(2 * below)}",
+        )
+    return size
+
+
+def show_size(size: int) -> str:
+    """A number of bytes for people: `16M`, `4K`, `812`."""
+    for unit, factor in (("G", 1 << 30), ("M", 1 << 20), ("K", 1 << 10)):
+        if size >= factor:
+            scaled = size / factor
+            return f"{scaled:.0f}{unit}" if scaled == int(scaled) else f"{scaled:.1f}{unit}"
+    return str(size)
+
+
+def show_seconds(seconds: float) -> str:
+    """A run time for people: `5 s`, `250 ms`, `2 min`, `1 h 5 min`."""
+    if seconds < 1:
+        return f"{seconds * 1e3:.4g} ms"
+    if seconds < 120:
+        return f"{seconds:.4g} s"
+    minutes, hours = round(seconds / 60), round(seconds / 60) // 60
+    if not hours:
+        return f"{minutes} min"
+    return f"{hours} h {minutes % 60} min" if minutes % 60 else f"{hours} h"

@@ -1,0 +1,139 @@
+"""The course of every command that traces: check the host, attach, follow, stop, tell.
+
+Nothing heavy is imported here before the probes are attached.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from latrace.tracer.commands.console import Status, program, wants_colour, width_of
+from latrace.tracer.commands.quantities import show_seconds, show_size
+from latrace.tracer.commands.signals import StopOnSignals
+from latrace.tracer.errors import LatraceError
+from latrace.tracer.live import make_view
+from latrace.tracer.options import Options
+from latrace.tracer.outputs import DEFAULT_NAME, OutputDir, create_output_dir
+
+if TYPE_CHECKING:
+    from latrace.tracer.session import Snapshot
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """One trace: what, for whom, and what to say."""
+
+    options: Options
+    output: Path | None
+    force: bool
+    description: str
+    """What is traced, safe to print."""
+    redraw: bool = True
+    """Whether the terminal is ours alone, so that the live view may redraw it."""
+
+
+def trace(
+    plan: Plan,
+    *,
+    status: Status,
+    signals: StopOnSignals,
+    on_attached: Callable[[], None] | None = None,
+    on_tick: Callable[[Snapshot], None] | None = None,
+) -> Path:
+    """Trace as planned until a signal, the duration or the targets' end; return the capture's path.
+
+    `signals` must be active. `on_attached` is called when the probes are in place. Raises
+    `HostError` when this host or this user can not trace.
+    """
+    # Late: what doctor imports is not needed for --help, and errors come before the compiler.
+    from latrace.tracer.doctor import explained, require_tracing  # noqa: PLC0415
+
+    require_tracing()
+    made: list[OutputDir] = []
+
+    def make_output() -> OutputDir:
+        made.append(create_output_dir(plan.output, force=plan.force))
+        return made[-1]
+
+    with explained():
+        from latrace.tracer.session import Tracer  # noqa: PLC0415
+
+        tracer = Tracer(plan.options, make_output, command=sys.argv)
+        tracer.__enter__()
+    view = make_view(status, redraw=plan.redraw)
+
+    def tick(snapshot: Snapshot) -> None:
+        view.update(snapshot)
+        if on_tick is not None:
+            on_tick(snapshot)
+
+    try:
+        status.say(_header(plan))
+        if on_attached is not None:
+            on_attached()
+        tracer.run(stop=signals.stop, on_tick=tick)
+    finally:
+        view.close()
+        tracer.__exit__(*sys.exc_info())
+    return made[-1].path
+
+
+def _header(plan: Plan) -> str:
+    duration = plan.options.duration_s
+    limit = f" for {show_seconds(duration)}" if duration is not None else ""
+    return f"Tracing {plan.description}{limit}. Hit Ctrl-C to end."
+
+
+def read_summary(path: Path) -> dict[str, Any]:
+    """The summary of the capture at `path`: the fields of `latrace report --json`."""
+    from latrace.analysis.capture import open_capture  # noqa: PLC0415
+    from latrace.analysis.summary import summarise  # noqa: PLC0415
+
+    return summarise(open_capture(path))
+
+
+def print_summary(summary: dict[str, Any], *, as_json: bool) -> None:
+    """The report on stdout: in words, or as one JSON document."""
+    if as_json:
+        text = json.dumps(summary, indent=2, ensure_ascii=True)
+    else:
+        from latrace.analysis.text import render_text  # noqa: PLC0415
+
+        text = render_text(
+            summary, width=width_of(sys.stdout), colour=wants_colour(sys.stdout)
+        ).rstrip("\n")
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def say_written(path: Path, *, status: Status) -> None:
+    """The last lines of a run: what was written, and what to do with it."""
+    try:
+        size = sum(entry.stat().st_size for entry in path.iterdir())
+    except OSError as error:
+        raise LatraceError(
+            f"the capture {path} can not be read back: {error.strerror}",
+            hint="was it moved or removed while latrace wrote it?",
+        ) from error
+    status.say(f"Wrote {shown_path(path)} ({show_size(size)})")
+    name = program()
+    if path == Path.cwd() / DEFAULT_NAME:
+        source = ""
+    else:
+        source = f" -i {shlex.quote(str(shown_path(path)))}"
+    status.say(f"Next: {name} flame{source} wait.svg     where it waited, as a picture")
+    status.say(f"      {name} report{source}             these figures again; --json for machines")
+
+
+def shown_path(path: Path) -> Path:
+    """`path` as short as it can be typed from here."""
+    try:
+        return path.relative_to(Path.cwd())
+    except (ValueError, OSError):  # elsewhere, or the working directory is gone
+        return path

@@ -1,0 +1,196 @@
+"""What a trace shows while it runs: a block of lines redrawn on a terminal, plain lines elsewhere.
+
+The terminal's modes are never touched (no hidden cursor, no alternate screen): even after a
+SIGKILL there is nothing to restore. Nothing heavy is imported: this runs beside the tracer.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from latrace.tracer.commands.console import Status, is_terminal, wants_colour
+
+if TYPE_CHECKING:
+    from latrace.tracer.session import Snapshot
+
+_PLAIN_EVERY_S = 5.0
+_DIM, _BOLD, _ALARM, _RESET = "\x1b[2m", "\x1b[1m", "\x1b[1;31m", "\x1b[0m"
+
+
+class View(Protocol):
+    """What follows a running trace."""
+
+    def update(self, snapshot: Snapshot) -> None:
+        """Show the state of the trace; called about once a second."""
+
+    def close(self) -> None:
+        """End the display; what comes next starts on a fresh line."""
+
+
+def make_view(status: Status, *, redraw: bool = True) -> View:
+    """The view that suits `status`: redrawn on a terminal, sparse lines elsewhere.
+
+    `redraw` False: the terminal is shared with the traced program, so stay out of its way.
+    """
+    if status.quiet or not redraw:
+        return WarningsOnly(status)
+    if is_terminal(status.stream):
+        return Panel(status)
+    return PlainLines(status)
+
+
+class WarningsOnly:
+    """Says only what degraded, when it does."""
+
+    def __init__(self, status: Status) -> None:
+        self.status = status
+        self._told: set[str] = set()
+        self._lost = False
+
+    def update(self, snapshot: Snapshot) -> None:
+        """Tell each new degradation, and the first loss, once."""
+        for line in self.news(snapshot):
+            self.status.warn(line)
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+    def news(self, snapshot: Snapshot) -> list[str]:
+        """Warnings not told yet."""
+        lines = [f"!!! {text}" for text in snapshot.degraded if text not in self._told]
+        self._told.update(snapshot.degraded)
+        if snapshot.lost and not self._lost:
+            self._lost = True
+            lines.append(
+                f"!!! {snapshot.lost:,} details lost so far; counts and percentiles stay exact"
+            )
+        return lines
+
+
+class PlainLines(WarningsOnly):
+    """One line every few seconds, for logs and pipes."""
+
+    def __init__(self, status: Status, *, every_s: float = _PLAIN_EVERY_S) -> None:
+        super().__init__(status)
+        self._every_s = every_s
+        self._due_s = every_s
+
+    def update(self, snapshot: Snapshot) -> None:
+        """Print the line that is due, if any."""
+        super().update(snapshot)
+        if snapshot.elapsed_s + 0.05 < self._due_s:  # a tick comes a little early or late
+            return
+        self._due_s += self._every_s * (1 + int((snapshot.elapsed_s - self._due_s) / self._every_s))
+        figures = "  ".join(f"{name} {value}" for name, value in _figures(snapshot))
+        self.status.say(f"{show_elapsed(snapshot.elapsed_s)}  {figures}")
+
+
+class Panel(WarningsOnly):
+    """Three lines at the bottom of a terminal, redrawn in place."""
+
+    def __init__(self, status: Status) -> None:
+        super().__init__(status)
+        self._colour = wants_colour(status.stream)
+        self._height = 0
+
+    def update(self, snapshot: Snapshot) -> None:
+        """Draw the block anew, below any new warnings."""
+        lines = _panel(snapshot)
+        columns = _columns(self.status)
+        drawn = [_fit(line, columns, colour=self._colour) for line in lines]
+        news = "".join(f"{self._paint(line, _ALARM)}\n" for line in self.news(snapshot))
+        self.status.write(self._erase() + news + "".join(f"{line}\n" for line in drawn))
+        self._height = len(drawn)
+
+    def close(self) -> None:
+        """Take the block away."""
+        self.status.write(self._erase())
+        self._height = 0
+
+    def _erase(self) -> str:
+        # Up over what was drawn, then clear to the end of the screen: this also takes the ^C
+        # with which the terminal echoes the key.
+        return f"\x1b[{self._height}A\r\x1b[J" if self._height else ""
+
+    def _paint(self, text: str, code: str) -> str:
+        return f"{code}{text}{_RESET}" if self._colour else text
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    text: str
+    code: str = ""
+
+
+def _panel(snapshot: Snapshot) -> list[list[_Part]]:
+    first: list[_Part] = [_Part(f"{show_elapsed(snapshot.elapsed_s):>7}  ", _DIM)]
+    for name, value in _figures(snapshot)[:-1]:
+        alarming = name == "lost" and snapshot.lost
+        first += [_Part(f"{name} ", _DIM), _Part(f"{value}   ", _ALARM if alarming else _BOLD)]
+    plural = "" if snapshot.threads == 1 else "s"
+    second = (
+        f"{snapshot.waits:,} waits of {snapshot.threads:,} thread{plural},"
+        f" {snapshot.rows:,} recorded in detail"
+    )
+    return [
+        first,
+        [_Part(" " * 9), _Part(second, _DIM)],
+        [_Part(" " * 9), _Part(f"our own cost: {_cost(snapshot)} of one CPU", _DIM)],
+    ]
+
+
+def _figures(snapshot: Snapshot) -> list[tuple[str, str]]:
+    return [
+        ("waits/s", f"{snapshot.waits_per_s:,.0f}"),
+        ("p50", show_ns(snapshot.p50_ns)),
+        ("p99", show_ns(snapshot.p99_ns)),
+        ("max", show_ns(snapshot.max_ns)),
+        ("lost", f"{snapshot.lost:,}"),
+        ("cost", _cost(snapshot).replace(" ", "")),
+    ]
+
+
+def _cost(snapshot: Snapshot) -> str:
+    """Our CPU use: the reader's, and the probes' where it is measured."""
+    if snapshot.bpf_percent is None:
+        return f"{snapshot.self_cpu_percent:.1f} %"
+    return f"{snapshot.self_cpu_percent:.1f} % + probes {snapshot.bpf_percent:.1f} %"
+
+
+def _fit(parts: list[_Part], columns: int, *, colour: bool) -> str:
+    """The line of `parts`, cut to `columns` so that it never wraps."""
+    out, room = "", columns
+    for part in parts:
+        text = part.text[:room]
+        room -= len(text)
+        out += f"{part.code}{text}{_RESET}" if colour and part.code and text else text
+    return out.rstrip() if not colour else out
+
+
+def _columns(status: Status) -> int:
+    try:
+        return max(1, os.get_terminal_size(status.stream.fileno()).columns - 1)
+    except (OSError, ValueError):
+        return 79
+
+
+def show_ns(duration_ns: int) -> str:
+    """A duration for people in three digits: `870 ns`, `12.3 us`, `1.24 s`."""
+    value = float(duration_ns)
+    for unit in ("ns", "us", "ms"):
+        if value < 999.5:
+            return f"{value:.0f} {unit}" if unit == "ns" else f"{value:.3g} {unit}"
+        value /= 1000
+    return f"{value:.3g} s" if value < 999.5 else f"{value:,.0f} s"
+
+
+def show_elapsed(seconds: float) -> str:
+    """The time since the start: `12 s`, `3:05`, `1:02:03`."""
+    whole = int(seconds + 0.05)
+    if whole < 120:
+        return f"{whole} s"
+    hours, rest = divmod(whole, 3600)
+    minutes, left = divmod(rest, 60)
+    return f"{hours}:{minutes:02}:{left:02}" if hours else f"{minutes}:{left:02}"
