@@ -1,0 +1,195 @@
+"""The tracer's end of the unprivileged worker: start it, ask it, outlive it."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Final, TypeVar
+
+from latrace.tracer.symbols import wire
+from latrace.tracer.symbols.table import Image
+
+FILE_TIMEOUT_S: Final = 20.0
+NAMES_TIMEOUT_S: Final = 5.0
+START_TIMEOUT_S: Final = 10.0
+MAX_FAILED_STARTS: Final = 3
+MAX_DEADLY_NAMES: Final = 8
+NAMES_PER_REQUEST: Final = 4096
+
+T = TypeVar("T")
+
+
+class WorkerError(Exception):
+    """The worker died, was too slow, or talked nonsense; it has been ended."""
+
+
+class Worker:
+    """One child process, started at the first request and again after each failure.
+
+    Not thread-safe. `starts`, `deaths` and `timeouts` count since the beginning.
+    """
+
+    def __init__(
+        self,
+        *,
+        command: Sequence[str] | None = None,
+        file_timeout_s: float = FILE_TIMEOUT_S,
+        names_timeout_s: float = NAMES_TIMEOUT_S,
+    ) -> None:
+        # Isolated mode: neither the working directory nor the environment chooses the code.
+        default = (sys.executable, "-I", "-m", "latrace.tracer.symbols.worker")
+        self._command = tuple(command or default)
+        self._file_timeout_s = file_timeout_s
+        self._names_timeout_s = names_timeout_s
+        self._process: subprocess.Popen[bytes] | None = None
+        self._connection: socket.socket | None = None
+        self._served = False
+        self._failed_starts = 0
+        self.starts = 0
+        self.deaths = 0
+        self.timeouts = 0
+
+    def start(self) -> None:
+        """Start the child without waiting for it. Does nothing when it runs."""
+        if self._process is not None:
+            return
+        if self._failed_starts >= MAX_FAILED_STARTS:
+            raise WorkerError("the worker does not start")
+        ours, theirs = socket.socketpair()
+        try:
+            self._process = subprocess.Popen(
+                [*self._command, str(theirs.fileno())],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                pass_fds=(theirs.fileno(),),
+                cwd="/",
+                # BLAS would start a thread for each CPU, for nothing.
+                env={"LC_ALL": "C.UTF-8", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
+                start_new_session=True,
+            )
+        except OSError as error:
+            ours.close()
+            self._failed_starts += 1
+            raise WorkerError("the worker does not start") from error
+        finally:
+            theirs.close()
+        self._connection = ours
+        self._served = False
+        self.starts += 1
+
+    def elf(self, fd: int) -> Image | int:
+        """Parse the file behind `fd`. An int is a status of `wire`. Raises WorkerError."""
+        return self._ask({"op": "elf"}, b"", fd, self._file_timeout_s, wire.read_image)
+
+    def debug(self, fd: int, *, build_id: bytes, crc: int) -> Image | int:
+        """As `elf`, for a separate debug file that must belong to that build."""
+        request = {"op": "debug", "build_id": build_id.hex(), "crc": crc}
+        return self._ask(request, b"", fd, self._file_timeout_s, wire.read_image)
+
+    def demangle(self, names: Sequence[bytes]) -> list[bytes]:
+        """Readable forms, the name itself where there is none. Never raises.
+
+        A name that kills the worker stays mangled and does not take its neighbours along.
+        """
+        result: list[bytes] = []
+        for begin in range(0, len(names), NAMES_PER_REQUEST):
+            batch = list(names[begin : begin + NAMES_PER_REQUEST])
+            try:
+                result += self._demangle(batch)
+            except WorkerError:
+                result += self._demangle_singly(batch)
+        return result
+
+    def _demangle_singly(self, names: list[bytes]) -> list[bytes]:
+        result, deadly = [], 0
+        for name in names:
+            try:
+                result += self._demangle([name]) if deadly < MAX_DEADLY_NAMES else [name]
+            except WorkerError:
+                deadly += 1
+                result.append(name)
+        return result
+
+    def _demangle(self, names: list[bytes]) -> list[bytes]:
+        return self._ask(
+            {"op": "demangle", "count": len(names)},
+            wire.names_payload(names),
+            None,
+            self._names_timeout_s,
+            lambda read: wire.read_names(read, len(names)),
+        )
+
+    def _ask(
+        self,
+        request: dict[str, Any],
+        payload: bytes,
+        fd: int | None,
+        timeout_s: float,
+        reply: Callable[[wire.Read], T],
+    ) -> T:
+        self.start()
+        connection = self._connection
+        if connection is None:
+            raise WorkerError("the worker does not run")
+        # The child imports numpy before it answers its first request.
+        deadline = time.monotonic() + timeout_s + (0.0 if self._served else START_TIMEOUT_S)
+
+        def remaining() -> float:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise TimeoutError
+            return left
+
+        def read(length: int) -> bytes:
+            data = bytearray(length)
+            view, have = memoryview(data), 0
+            while have < length:
+                connection.settimeout(remaining())
+                count = connection.recv_into(view[have:])
+                if not count:
+                    raise ConnectionError("the worker hung up")
+                have += count
+            return bytes(data)
+
+        text = json.dumps(request).encode()
+        header = wire.REQUEST.pack(wire.MAGIC, len(text), len(payload))
+        try:
+            connection.settimeout(remaining())
+            sent = socket.send_fds(connection, [header], [] if fd is None else [fd])
+            connection.sendall(header[sent:] + text + payload)
+            answer = reply(read)
+        except TimeoutError as error:
+            self.timeouts += 1
+            self._end()
+            raise WorkerError("the worker took too long") from error
+        except (OSError, wire.WireError) as error:
+            self.deaths += 1
+            self._failed_starts += not self._served
+            self._end()
+            raise WorkerError("the worker died") from error
+        self._served = True
+        self._failed_starts = 0
+        return answer
+
+    @property
+    def pid(self) -> int | None:
+        """The child's process id while it runs."""
+        return None if self._process is None else self._process.pid
+
+    def _end(self) -> None:
+        process, self._process = self._process, None
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.close()
+        if process is not None:
+            process.kill()
+            process.wait()
+
+    def close(self) -> None:
+        """End the child."""
+        self._end()

@@ -1,0 +1,478 @@
+"""Addresses of the kernel and of many processes to frames, also after a process has ended."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter, OrderedDict
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+from weakref import WeakValueDictionary
+
+import numpy as np
+import numpy.typing as npt
+
+from latrace.tracer.symbols.client import Worker
+from latrace.tracer.symbols.elf import BytesSource, ElfError, read_image
+from latrace.tracer.symbols.files import FileTable, MappedFile
+from latrace.tracer.symbols.frames import Frame, clean
+from latrace.tracer.symbols.kallsyms import KernelSymbols
+from latrace.tracer.symbols.maps import (
+    MAPS_LIMIT,
+    Mapping,
+    Ranges,
+    make_ranges,
+    parse_maps,
+    renew,
+)
+from latrace.tracer.symbols.perfmap import PerfMap, open_perf_map
+from latrace.tracer.symbols.procfs import Fd, Identity, ProcessDir, Refused, open_beneath
+from latrace.tracer.symbols.table import U64, Image
+
+PROCESS_LIMIT: Final = 4096
+"""Processes remembered; the one not used for longest goes first."""
+CACHE_LIMIT: Final = 1 << 18
+"""Resolved addresses kept for each process."""
+NEW_FILES_LIMIT: Final = 1024
+"""Files opened for one process in one look at its maps."""
+DEATHS_LIMIT: Final = 3
+"""A process whose files ended the worker so often gets no more of them parsed."""
+JIT_REMEMBER_BYTES: Final = 1 << 20
+JIT_RESOLVE_BYTES: Final = 32 << 20
+"""How much of a perf map one call indexes at most: a growing one cannot hold us up."""
+REFUSALS_KEPT: Final = 32
+LOOK_AGAIN_S: Final = 0.1
+FILES_LIMIT: Final = 1 << 16
+"""Mapped files remembered for one process; one that maps ever new ones begins anew."""
+
+UNKNOWN_MODULE: Final = "[unknown]"
+JIT_MODULE: Final = "[jit]"
+VDSO_MODULE: Final = "[vdso]"
+
+Bools = npt.NDArray[np.bool_]
+_Cache = dict[int, Frame]
+
+
+@dataclass(slots=True, eq=False)
+class _Process:
+    identity: Identity
+    root: Fd | None = None
+    mappings: list[Mapping] = field(default_factory=list)
+    ranges: Ranges = field(default_factory=lambda: make_ranges([], []))
+    files: list[MappedFile] = field(default_factory=list)
+    numbers: dict[tuple[int, int, bytes], int] = field(default_factory=dict)
+    perf_map: PerfMap | None = None
+    refused: str = ""
+    deaths: int = 0
+    # Looked-up addresses to frames: whole, and those that a growing perf map may change.
+    looked_at: float = 0.0
+    # Looked-up addresses to frames, exact ones and return addresses: those of parsed files, and
+    # those that a growing perf map or a new mapping may change.
+    lasting: tuple[_Cache, _Cache] = field(default_factory=lambda: ({}, {}))
+    passing: tuple[_Cache, _Cache] = field(default_factory=lambda: ({}, {}))
+
+    def cached(self, addr: int, back: int) -> Frame | None:
+        return self.lasting[back].get(addr) or self.passing[back].get(addr)
+
+    def keep(self, addr: int, back: int, frame: Frame, *, passing: bool) -> None:
+        cache = (self.passing if passing else self.lasting)[back]
+        if len(cache) >= CACHE_LIMIT:
+            cache.clear()
+        cache[addr] = frame
+
+    def clear(self, *, passing_only: bool = False) -> None:
+        for cache in self.passing if passing_only else (*self.passing, *self.lasting):
+            cache.clear()
+
+
+class Symbolizer:
+    """Resolves addresses for one tracing session. Not thread-safe: one thread uses it.
+
+    `remember` while a process lives is what makes `user` work once it has ended. Nothing a target
+    does makes a method raise; what could not be had is counted in `stats`.
+    """
+
+    def __init__(self, *, privileged: bool = True) -> None:
+        """`privileged`: try /proc/PID/map_files, which needs CAP_SYS_ADMIN."""
+        self._privileged = privileged
+        self._worker = Worker()
+        self._files = FileTable(self._worker)
+        self._kernel: KernelSymbols | None = None
+        self._processes: OrderedDict[int, _Process] = OrderedDict()
+        self._roots: WeakValueDictionary[tuple[int, int, int], Fd] = WeakValueDictionary()
+        self._anonymous = MappedFile(JIT_MODULE, anonymous=True)
+        self._vdso: MappedFile | None = None
+        self._vdso_size = 0
+        self._counts: Counter[str] = Counter()
+        self._open_failed: Counter[str] = Counter()
+        self._refused: Counter[str] = Counter()
+        self._refusals: list[dict[str, Any]] = []
+        self._malformed = self._dropped = 0
+
+    # Kernel
+
+    def kernel(self, addrs: U64, *, return_addresses: Bools | None = None) -> list[Frame]:
+        """Frames of kernel addresses, (n,) uint64. Reads /proc/kallsyms at the first call."""
+        if self._kernel is None:
+            self._kernel = KernelSymbols()
+        return self._kernel.frames(addrs, _behind(addrs, return_addresses))
+
+    # Processes
+
+    def remember(self, tgid: int) -> None:
+        """Look at a process's mappings and open what is needed to resolve its addresses later.
+
+        Cheap when nothing changed. Ranges that are no longer mapped stay known until something
+        else is mapped there. A process that is gone keeps what was known of it.
+        """
+        self._look(tgid, None)
+
+    def _look(self, tgid: int, only: _Process | None) -> None:
+        """Look at a process; with `only`, at nobody else who has its id by now."""
+        try:
+            with ProcessDir(tgid) as folder:
+                identity = folder.identity()
+                process = self._processes.get(tgid)
+                if process is None or process.identity.start_time != identity.start_time:
+                    if only is not None:
+                        self._counts["gone"] += 1
+                        only.looked_at = time.monotonic()
+                        return
+                    self.forget(tgid)
+                    process = self._processes[tgid] = _Process(identity)
+                    while len(self._processes) > PROCESS_LIMIT:
+                        self.forget(next(iter(self._processes)))
+                        self._counts["processes_evicted"] += 1
+                process.identity = identity
+                process.looked_at = time.monotonic()
+                self._take_root(process, folder)
+                self._take_maps(process, folder)
+        except (FileNotFoundError, ProcessLookupError):
+            self._counts["gone"] += 1
+            return
+        except (OSError, ValueError, IndexError):
+            self._counts["unreadable"] += 1
+            return
+        self._take_perf_map(tgid, process)
+
+    def forget(self, tgid: int) -> None:
+        """Drop what is known of a process; parsed files are kept for others."""
+        process = self._processes.pop(tgid, None)
+        if process is not None and process.perf_map is not None:
+            self._close_perf_map(process)
+
+    def _take_root(self, process: _Process, folder: ProcessDir) -> None:
+        key, root = folder.root()
+        process.root = self._roots.setdefault(key, root)
+
+    def _take_maps(self, process: _Process, folder: ProcessDir) -> None:
+        text = folder.read("maps", MAPS_LIMIT)
+        if len(text) >= MAPS_LIMIT:
+            self._counts["maps_cut"] += 1
+        mappings = parse_maps(text)
+        if mappings == process.mappings:
+            return
+        if len(process.files) > FILES_LIMIT:
+            process.ranges, process.mappings = make_ranges([], []), []
+            process.files.clear()
+            process.numbers.clear()
+        opened = 0
+        numbers = []
+        # Within one snapshot device and inode are one file; a later one may be another.
+        known = {_file_key(mapping) for mapping in process.mappings}
+        fresh: set[tuple[int, int, bytes]] = set()
+        for mapping in mappings:
+            key = _file_key(mapping)
+            number = process.numbers.get(key)
+            if number is None or (key not in known and key not in fresh):
+                opened += 1
+                process.files.append(
+                    self._file(process, folder, mapping, may_open=opened <= NEW_FILES_LIMIT)
+                )
+                number = process.numbers[key] = len(process.files) - 1
+                fresh.add(key)
+            numbers.append(number)
+        process.mappings = mappings
+        process.ranges = renew(process.ranges, make_ranges(mappings, numbers))
+        # What was resolved in memory that is now something else must not be served again.
+        process.clear()
+
+    def _file(
+        self, process: _Process, folder: ProcessDir, mapping: Mapping, *, may_open: bool
+    ) -> MappedFile:
+        if mapping.path == b"[vdso]":
+            return self._own_vdso(mapping.end - mapping.start)
+        if not mapping.file_backed:
+            # Executable heaps, stacks and named anonymous memory hold JIT code too.
+            if mapping.path.startswith((b"[heap", b"[stack", b"[anon")):
+                return MappedFile(clean(mapping.path), anonymous=True)
+            return MappedFile(clean(mapping.path)) if mapping.path else self._anonymous
+        module = clean(mapping.path.rsplit(b"/", 1)[-1]) or UNKNOWN_MODULE
+        if not may_open:
+            self._open_failed["too many files mapped"] += 1
+            return MappedFile(module)
+        try:
+            pinned = self._pin(process, folder, mapping)
+            return self._files.add(pinned, path=mapping.path, root=process.root)
+        except Refused as error:
+            self._open_failed[str(error)] += 1
+        except OSError as error:
+            self._open_failed[error.strerror or "unreadable"] += 1
+        return MappedFile(module)
+
+    def _pin(self, process: _Process, folder: ProcessDir, mapping: Mapping) -> Fd:
+        if self._privileged:
+            try:
+                return folder.mapped_file(mapping.start, mapping.end)
+            except OSError:
+                self._counts["map_files_failed"] += 1
+        if mapping.deleted or process.root is None:
+            raise Refused("deleted, and map_files cannot be read")
+        pinned = open_beneath(process.root.number, mapping.path)
+        # Filesystems differ in the device they show here, none in the inode.
+        if _inode(pinned) != mapping.inode:
+            raise Refused("replaced, and map_files cannot be read")
+        return pinned
+
+    def _own_vdso(self, size: int) -> MappedFile:
+        """The vDSO: the same bytes in every 64-bit process, so our own is read."""
+        if self._vdso is None:
+            self._vdso = MappedFile(VDSO_MODULE)
+            image, self._vdso_size = _read_vdso()
+            self._vdso.image = image
+        # A 32-bit process has another one.
+        return self._vdso if size == self._vdso_size else MappedFile(VDSO_MODULE)
+
+    # Perf maps
+
+    def _take_perf_map(self, tgid: int, process: _Process) -> None:
+        if process.root is None:
+            return
+        why = ""
+        try:
+            opened = open_perf_map(
+                process.root, inner_pid=process.identity.inner_pid, uid=process.identity.uid
+            )
+            current = PerfMap(opened)
+            if process.perf_map is not None and process.perf_map.identity == current.identity:
+                current.close()
+            else:
+                self._close_perf_map(process)
+                process.perf_map = current
+                process.clear(passing_only=True)
+                self._counts["perf_maps"] += 1
+        except FileNotFoundError:
+            pass
+        except Refused as error:
+            why = str(error)
+        except OSError as error:
+            why = error.strerror or "unreadable"
+        if why and why != process.refused:
+            self._refused[why] += 1
+            if len(self._refusals) < REFUSALS_KEPT:
+                path = f"/tmp/perf-{process.identity.inner_pid}.map"  # noqa: S108 - as above
+                self._refusals.append({"tgid": tgid, "path": path, "why": why})
+        process.refused = why
+        self._grow_perf_map(process, JIT_REMEMBER_BYTES)
+
+    def _grow_perf_map(self, process: _Process, budget: int) -> None:
+        if process.perf_map is not None and process.perf_map.catch_up(budget):
+            process.clear(passing_only=True)
+
+    def _close_perf_map(self, process: _Process) -> None:
+        if process.perf_map is not None:
+            self._malformed += process.perf_map.malformed
+            self._dropped += process.perf_map.dropped
+            process.perf_map.close()
+            process.perf_map = None
+
+    # Resolving
+
+    def user(self, tgid: int, addrs: U64, *, return_addresses: Bools | None = None) -> list[Frame]:
+        """Frames of addresses in a process, (n,) uint64, in their order.
+
+        `return_addresses` (n,) is true where the address follows a call, so that the call is what
+        is looked up; the frame's offset is that of the address given. A process not remembered
+        yet is, and one with addresses in no known mapping is looked at again.
+        """
+        addrs = np.ascontiguousarray(addrs, dtype=np.uint64)
+        if tgid not in self._processes:
+            self.remember(tgid)
+        process = self._processes.get(tgid)
+        if process is None:
+            self._counts["unresolved"] += addrs.size
+            return [Frame(None, UNKNOWN_MODULE, addr, "user") for addr in addrs.tolist()]
+        self._processes.move_to_end(tgid)
+        behind = _behind(addrs, return_addresses)
+        pairs = list(zip(addrs.tolist(), behind.tolist(), strict=True))
+        result = [process.cached(addr, back) for addr, back in pairs]
+        missing = [position for position, frame in enumerate(result) if frame is None]
+        if missing:
+            found: dict[tuple[int, int], Frame] = {}
+            for back in (0, 1):
+                wanted = addrs[missing][behind[missing] == back]
+                if wanted.size:
+                    wanted = np.unique(wanted)
+                    frames = self._resolve(tgid, process, wanted, back)
+                    found.update(zip(((a, back) for a in wanted.tolist()), frames, strict=True))
+            for position in missing:
+                result[position] = found[pairs[position]]
+        return [frame for frame in result if frame is not None]
+
+    def _resolve(self, tgid: int, process: _Process, addrs: U64, back: int) -> list[Frame]:
+        """Frames of unique addresses, put into the process's caches as well."""
+        wanted = addrs - np.uint64(back)
+        where = process.ranges.find(wanted)
+        stale = time.monotonic() - process.looked_at > LOOK_AGAIN_S
+        if stale and (where < 0).any():
+            # Mapped since the last look, or rubbish from a walk along no frame pointers.
+            self._look(tgid, process)
+            where = process.ranges.find(wanted)
+
+        mapped = np.flatnonzero(where >= 0)
+        ranges, at = process.ranges, where[mapped]
+        numbers = np.full(addrs.shape, -1, dtype=np.int64)
+        numbers[mapped] = ranges.files[at]
+        values = wanted.copy()
+        symbols = np.full(addrs.shape, -1, dtype=np.int64)
+        offsets = wanted[mapped] - ranges.starts[at] + ranges.offsets[at]
+        named = []
+        in_file = np.zeros(addrs.shape, dtype=np.bool_)
+        for number in np.unique(numbers[mapped]).tolist():
+            file = process.files[number]
+            self._parse(process, file)
+            if not file.anonymous:
+                mine = mapped[numbers[mapped] == number]
+                values[mine], symbols[mine] = file.locate(offsets[numbers[mapped] == number])
+                in_file[mine] = file.image is not None
+                named.append((file, symbols[mine]))
+        self._files.names(named)
+
+        jit = self._resolve_jit(process, wanted, np.flatnonzero(~in_file))
+        frames = []
+        columns = (addrs, numbers, values, symbols)
+        for addr, number, value, symbol in zip(*(c.tolist() for c in columns), strict=True):
+            owner = process.files[number] if number >= 0 else None
+            compiled = jit.get(addr - back)
+            if compiled is not None:
+                frame = Frame(compiled[0], JIT_MODULE, addr - compiled[1], "jit")
+            elif owner is None:
+                frame = Frame(None, UNKNOWN_MODULE, addr, "user")
+            elif owner.anonymous:
+                frame = Frame(None, owner.module, addr, "jit")
+            elif symbol < 0 or owner.image is None:
+                frame = Frame(None, owner.module, value + back, "user")
+            else:
+                start = int(owner.image.symbols.starts[symbol])
+                frame = Frame(owner.names[symbol], owner.module, value + back - start, "user")
+            frames.append(frame)
+            self._counts["unresolved" if frame.symbol is None else "resolved"] += 1
+            process.keep(addr, back, frame, passing=owner is None or owner.image is None)
+        return frames
+
+    def _parse(self, process: _Process, file: MappedFile) -> None:
+        if file.tried or file.key is None:
+            return
+        if process.deaths >= DEATHS_LIMIT:
+            self._counts["files_distrusted"] += 1
+            return
+        before = self._worker.deaths + self._worker.timeouts
+        self._files.image(file)
+        process.deaths += self._worker.deaths + self._worker.timeouts - before
+
+    def _resolve_jit(
+        self, process: _Process, wanted: U64, positions: npt.NDArray[np.int64]
+    ) -> dict[int, tuple[str, int]]:
+        """Names and starts of the addresses that a perf map knows, by address."""
+        if process.perf_map is None or not positions.size:
+            return {}
+        self._grow_perf_map(process, JIT_RESOLVE_BYTES)
+        found = {}
+        indices = process.perf_map.lookup(wanted[positions])
+        for addr, index in zip(wanted[positions].tolist(), indices.tolist(), strict=True):
+            if index >= 0:
+                found[addr] = (process.perf_map.name(index), process.perf_map.start(index))
+        return found
+
+    # Ends
+
+    @property
+    def stats(self) -> dict[str, Any]:
+        """What was read and what could not be: counts since the start, reasons in words."""
+        maps = [p.perf_map for p in self._processes.values() if p.perf_map is not None]
+        counts = self._counts
+        return {
+            "kernel": {
+                "symbols": 0 if self._kernel is None else len(self._kernel),
+                "hidden": self._kernel is not None and self._kernel.hidden,
+            },
+            "processes": {
+                "known": len(self._processes),
+                "gone": counts["gone"],
+                "unreadable": counts["unreadable"],
+                "evicted": counts["processes_evicted"],
+                "maps_cut": counts["maps_cut"],
+            },
+            "files": {
+                "known": len(self._files),
+                "parsed": self._files.parsed,
+                "debug_files": self._files.debug_files,
+                "table_bytes": self._files.table_bytes,
+                "not_opened": dict(self._open_failed),
+                "failed": dict(self._files.failed),
+                "distrusted": counts["files_distrusted"],
+                "map_files_failed": counts["map_files_failed"],
+            },
+            "perf_maps": {
+                "read": counts["perf_maps"],
+                "refused": dict(self._refused),
+                "refusals": list(self._refusals),
+                "malformed_lines": self._malformed + sum(m.malformed for m in maps),
+                "dropped_entries": self._dropped + sum(m.dropped for m in maps),
+            },
+            "worker": {
+                "starts": self._worker.starts,
+                "deaths": self._worker.deaths,
+                "timeouts": self._worker.timeouts,
+            },
+            "addresses": {"resolved": counts["resolved"], "unresolved": counts["unresolved"]},
+        }
+
+    def close(self) -> None:
+        """End the worker and close every file."""
+        for tgid in list(self._processes):
+            self.forget(tgid)
+        self._files.close()
+        self._worker.close()
+
+
+def _behind(addrs: U64, return_addresses: Bools | None) -> U64:
+    """1 where the byte before the address is looked up, else 0. Zero has no byte before it."""
+    if return_addresses is None:
+        return np.zeros(addrs.shape, dtype=np.uint64)
+    return (return_addresses & (addrs > 0)).astype(np.uint64)
+
+
+def _file_key(mapping: Mapping) -> tuple[int, int, bytes]:
+    # The vDSO's size tells whose it is; pseudo files have no inode to tell them apart.
+    return mapping.device, mapping.inode, mapping.path
+
+
+def _inode(pinned: Fd) -> int:
+    return os.fstat(pinned.number).st_ino
+
+
+def _read_vdso() -> tuple[Image | None, int]:
+    """Our own vDSO, which the kernel made, and its size."""
+    try:
+        text = Path("/proc/self/maps").read_bytes()
+        own = [mapping for mapping in parse_maps(text) if mapping.path == b"[vdso]"]
+        if not own:
+            return None, 0
+        size = own[0].end - own[0].start
+        with Path("/proc/self/mem").open("rb", buffering=0) as memory:
+            data = os.pread(memory.fileno(), size, own[0].start)
+        return read_image(BytesSource(data)), size
+    except (OSError, ElfError):
+        return None, 0

@@ -1,0 +1,151 @@
+"""What the tracer and its unprivileged worker say to each other, over one stream socket.
+
+Request: `REQUEST` header, a small JSON object, a payload; a file descriptor may come with the
+first byte. Reply: `REPLY` header and raw arrays in the host's byte order. The tracer believes
+nothing in a reply: `read_image` and `read_names` check every length, order and bound.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from typing import Final
+
+import numpy as np
+
+from latrace.tracer.symbols.frames import NAME_LIMIT
+from latrace.tracer.symbols.table import SEGMENT_COLUMNS, U32, U64, Image, SymbolTable
+
+REQUEST: Final = struct.Struct("=4sII")
+"""magic, bytes of JSON, bytes of payload."""
+REPLY: Final = struct.Struct("=4sIIIQIIII")
+"""magic, status, segments, symbols, bytes of names, build id, debug link, symtab, crc."""
+MAGIC: Final = b"lsy1"
+
+STATUS_OK, STATUS_BAD_FILE, STATUS_LIMIT, STATUS_IO, STATUS_MISMATCH = range(5)
+STATUS_WORDS: Final = {
+    STATUS_BAD_FILE: "not a sound ELF file",
+    STATUS_LIMIT: "too large to parse",
+    STATUS_IO: "unreadable",
+    STATUS_MISMATCH: "debug file of another build",
+}
+
+MAX_JSON: Final = 4096
+MAX_PAYLOAD: Final = 64 << 20
+MAX_SEGMENTS: Final = 1 << 12
+MAX_SYMBOLS: Final = 10 << 20
+MAX_NAMES: Final = 256 << 20
+MAX_ID: Final = 64
+MAX_LINK: Final = NAME_LIMIT
+
+Read = Callable[[int], bytes]
+
+
+class WireError(Exception):
+    """The worker said something that cannot be."""
+
+
+def failure(status: int) -> bytes:
+    """A reply that carries nothing but why."""
+    return REPLY.pack(MAGIC, status, 0, 0, 0, 0, 0, 0, 0)
+
+
+def image_reply(image: Image) -> list[bytes]:
+    """The reply to a parsed file, in pieces."""
+    table = image.symbols
+    header = REPLY.pack(
+        MAGIC,
+        STATUS_OK,
+        len(image.segments),
+        len(table),
+        len(table.names),
+        len(image.build_id),
+        len(image.debuglink),
+        int(image.symtab),
+        image.debuglink_crc,
+    )
+    arrays = (image.segments, table.starts, table.ends, table.name_ends)
+    return [
+        header,
+        *(array.tobytes() for array in arrays),
+        table.names,
+        image.build_id,
+        image.debuglink,
+    ]
+
+
+def _header(read: Read) -> tuple[int, ...]:
+    magic, *rest = REPLY.unpack(read(REPLY.size))
+    if magic != MAGIC:
+        raise WireError("no reply header")
+    return tuple(rest)
+
+
+def _u64(read: Read, count: int) -> U64:
+    return np.frombuffer(read(count * 8), dtype=np.uint64)
+
+
+def _ends(read: Read, count: int, total: int) -> U32:
+    ends = np.frombuffer(read(count * 4), dtype=np.uint32)
+    lengths = np.diff(ends.astype(np.int64), prepend=0)
+    if (count and (int(ends[-1]) != total or int(lengths.min()) < 0)) or (not count and total):
+        raise WireError("names out of bounds")
+    if count and int(lengths.max()) > NAME_LIMIT + 8:
+        raise WireError("a name past the limit")
+    return ends
+
+
+def read_image(read: Read) -> Image | int:
+    """A reply to a file; an int is the status of a refused one. Raises WireError."""
+    status, segments, symbols, names, build_id, link, symtab, crc = _header(read)
+    if status != STATUS_OK:
+        if status not in STATUS_WORDS or any((segments, symbols, names, build_id, link)):
+            raise WireError("unknown status")
+        return status
+    bounds = ((segments, MAX_SEGMENTS), (symbols, MAX_SYMBOLS), (names, MAX_NAMES))
+    if any(size > limit for size, limit in (*bounds, (build_id, MAX_ID), (link, MAX_LINK))):
+        raise WireError("a size past the limit")
+    table_segments = _u64(read, segments * SEGMENT_COLUMNS).reshape(-1, SEGMENT_COLUMNS)
+    starts, ends = _u64(read, symbols), _u64(read, symbols)
+    if symbols and (bool((starts[1:] <= starts[:-1]).any()) or bool((ends <= starts).any())):
+        raise WireError("symbols out of order")
+    name_ends = _ends(read, symbols, names)
+    table = SymbolTable(starts, ends, name_ends, read(names))
+    identity, target = read(build_id), read(link)
+    if b"/" in target or b"\0" in target or target in (b".", b".."):
+        raise WireError("a debug link that is a path")
+    return Image(table_segments, table, bool(symtab), identity, target, crc)
+
+
+def names_payload(names: list[bytes]) -> bytes:
+    """Names as a payload: their running ends, then their bytes."""
+    ends = np.cumsum([len(name) for name in names], dtype=np.uint64).astype(np.uint32)
+    return ends.tobytes() + b"".join(names)
+
+
+def split_names(payload: bytes, count: int) -> list[bytes]:
+    """The worker's side of `names_payload`."""
+    ends = np.frombuffer(payload, dtype=np.uint32, count=count).tolist()
+    text = payload[count * 4 :]
+    return [text[begin:end] for begin, end in zip([0, *ends[:-1]], ends, strict=True)]
+
+
+def names_reply(names: list[bytes]) -> list[bytes]:
+    """The reply to a request to demangle."""
+    total = sum(map(len, names))
+    return [
+        REPLY.pack(MAGIC, STATUS_OK, 0, len(names), total, 0, 0, 0, 0),
+        names_payload(names),
+    ]
+
+
+def read_names(read: Read, count: int) -> list[bytes]:
+    """A reply of exactly `count` names. Raises WireError."""
+    status, segments, symbols, total, build_id, link, _symtab, _crc = _header(read)
+    if status != STATUS_OK or symbols != count or any((segments, build_id, link)):
+        raise WireError("not the names that were asked for")
+    if total > MAX_NAMES:
+        raise WireError("a size past the limit")
+    ends = _ends(read, count, total).tolist()
+    text = read(total)
+    return [text[begin:end] for begin, end in zip([0, *ends[:-1]], ends, strict=True)]

@@ -1,0 +1,159 @@
+"""The unprivileged child that parses ELF files and demangles: `python -m …worker SOCKET_FD`.
+
+It starts with the tracer's rights, because the program may be installed where only root can read,
+imports everything it will ever need, and then gives up every right: nobody's uid and gid, no
+groups, no new privileges, no new files, processes or core dumps, bounded memory and CPU time.
+After that it only answers requests about file descriptors that were opened for it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import resource
+import signal
+import socket
+import sys
+import time
+import zlib
+from typing import Any, Final
+
+import numpy as np
+
+from latrace.tracer.symbols import wire
+from latrace.tracer.symbols.demangle import Demangler
+from latrace.tracer.symbols.elf import ElfError, FdSource, read_image
+from latrace.tracer.symbols.table import Image
+
+NOBODY: Final = 65534
+MEMORY_LIMIT: Final = 2 << 30
+"""Address space, in bytes: above what the largest accepted file needs."""
+REQUEST_CPU_S: Final = 20
+LIFETIME_CPU_S: Final = 3600
+MAX_DEBUG_FILE: Final = 1 << 30
+"""A debug file without a build id is read whole, for its checksum."""
+
+_PR_SET_DUMPABLE, _PR_SET_NO_NEW_PRIVS = 4, 38
+
+
+def drop_rights(keep: int) -> None:
+    """Give up everything but descriptor `keep`. Raises OSError where that is not possible."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.chdir("/")
+    os.umask(0o077)
+    os.closerange(3, keep)
+    os.closerange(keep + 1, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+    if os.geteuid() == 0:
+        os.setgroups([])
+        os.setresgid(NOBODY, NOBODY, NOBODY)
+        os.setresuid(NOBODY, NOBODY, NOBODY)
+    libc = ctypes.CDLL(None, use_errno=True)
+    for option, value in ((_PR_SET_NO_NEW_PRIVS, 1), (_PR_SET_DUMPABLE, 0)):
+        if libc.prctl(option, value, 0, 0, 0):
+            raise OSError(ctypes.get_errno(), "prctl")
+    for which, limit in (
+        (resource.RLIMIT_AS, MEMORY_LIMIT),
+        (resource.RLIMIT_CPU, LIFETIME_CPU_S),
+        (resource.RLIMIT_NOFILE, 16),
+        (resource.RLIMIT_FSIZE, 0),
+        (resource.RLIMIT_NPROC, 0),
+        (resource.RLIMIT_CORE, 0),
+    ):
+        hard = resource.getrlimit(which)[1]
+        bound = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
+        resource.setrlimit(which, (bound, bound))
+
+
+def _limit_request() -> None:
+    """Let this request use so much CPU time and no more; SIGXCPU ends the worker."""
+    hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
+    soft = min(int(time.process_time()) + 1 + REQUEST_CPU_S, hard)
+    resource.setrlimit(resource.RLIMIT_CPU, (soft, hard))
+
+
+def _crc(fd: int) -> int:
+    size = os.fstat(fd).st_size
+    if size > MAX_DEBUG_FILE:
+        raise ElfError("a debug file of absurd size")
+    crc = offset = 0
+    while piece := os.pread(fd, 1 << 20, offset):
+        crc = zlib.crc32(piece, crc)
+        offset += len(piece)
+    return crc
+
+
+def _belongs(fd: int, image: Image, request: dict[str, Any]) -> bool:
+    build_id = bytes.fromhex(request["build_id"])
+    return image.build_id == build_id if build_id else _crc(fd) == request["crc"]
+
+
+def _parse(fd: int, request: dict[str, Any]) -> list[bytes]:
+    try:
+        image = read_image(FdSource(fd))
+        if request["op"] == "debug" and not _belongs(fd, image, request):
+            return [wire.failure(wire.STATUS_MISMATCH)]
+        return wire.image_reply(image)
+    except MemoryError:
+        return [wire.failure(wire.STATUS_LIMIT)]
+    except OSError:
+        return [wire.failure(wire.STATUS_IO)]
+    except (ElfError, ValueError, IndexError, OverflowError, ArithmeticError):
+        return [wire.failure(wire.STATUS_BAD_FILE)]
+
+
+class _Server:
+    def __init__(self, connection: socket.socket, demangler: Demangler) -> None:
+        self._connection = connection
+        self._demangler = demangler
+
+    def _receive(self, length: int) -> bytes:
+        data = bytearray()
+        while len(data) < length:
+            piece = self._connection.recv(min(length - len(data), 1 << 20))
+            if not piece:
+                raise EOFError
+            data += piece
+        return bytes(data)
+
+    def serve_one(self) -> bool:
+        """Answer one request; False at the end of the stream."""
+        first, fds, _flags, _address = socket.recv_fds(self._connection, wire.REQUEST.size, 1)
+        if not first:
+            return False
+        header = first + self._receive(wire.REQUEST.size - len(first))
+        _magic, json_size, payload_size = wire.REQUEST.unpack(header)
+        request = json.loads(self._receive(json_size))
+        payload = self._receive(payload_size)
+        _limit_request()
+        if request["op"] == "demangle":
+            names = wire.split_names(payload, request["count"])
+            reply = wire.names_reply([self._demangler(name) for name in names])
+        else:
+            reply = _parse(fds[0], request)
+        for fd in fds:
+            os.close(fd)
+        for piece in reply:
+            self._connection.sendall(piece)
+        return True
+
+
+def main() -> int:
+    """Serve until the tracer hangs up."""
+    connection = socket.socket(fileno=int(sys.argv[1]))
+    demangler = Demangler()
+    demangler(b"_Z1fv")
+    # numpy imports some of its parts at their first use.
+    np.lexsort((np.zeros(2), np.zeros(2)))
+    drop_rights(connection.fileno())
+    server = _Server(connection, demangler)
+    try:
+        while server.serve_one():
+            pass
+    except (EOFError, ConnectionError):
+        pass
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
