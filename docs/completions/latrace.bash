@@ -1,0 +1,64 @@
+# shellcheck shell=bash
+# bash completion for latrace; written by scripts/docs from the command line itself.
+_latrace() {
+    local word=${COMP_WORDS[COMP_CWORD]} before=${COMP_WORDS[COMP_CWORD - 1]}
+    local verb='' name i
+    COMPREPLY=()
+    for ((i = 1; i < COMP_CWORD; i++)); do
+        if [[ ${COMP_WORDS[i]} != -* ]]; then
+            verb=${COMP_WORDS[i]}
+            break
+        fi
+    done
+    case "$verb:$before" in
+        flame:--format)
+            mapfile -t COMPREPLY < <(compgen -W "svg folded speedscope" -- "$word")
+            return
+            ;;
+        flame:--kind)
+            mapfile -t COMPREPLY < <(compgen -W "wait offcpu waker" -- "$word")
+            return
+            ;;
+        attach:--comm)
+            while IFS= read -r name; do
+                [[ $name != "$word"* ]] || COMPREPLY+=("$(printf '%q' "$name")")
+            done < <(cat /proc/[0-9]*/comm 2>/dev/null | sort -u)
+            return
+            ;;
+        attach:--cgroup | attach:-o | attach:--output | run:-o | run:--output | flame:-i | flame:--input | report:-i | report:--input | demo:-o | demo:--output)
+            compopt -o filenames; mapfile -t COMPREPLY < <(compgen -d -- "$word")
+            return
+            ;;
+        attach:-d | attach:--duration | attach:--min | attach:--slow | attach:--stack-budget | attach:--ring-size | run:-d | run:--duration | run:--min | run:--slow | run:--stack-budget | run:--ring-size | demo:-d | demo:--duration)
+            :
+            return
+            ;;
+        attach:-p | attach:--pid | attach:-t | attach:--tid)
+            for name in /proc/[0-9]*; do
+                [[ ${name#/proc/} != "$word"* ]] || COMPREPLY+=("${name#/proc/}")
+            done
+            return
+            ;;
+        run:--)
+            mapfile -t COMPREPLY < <(compgen -c -- "$word")
+            return
+            ;;
+    esac
+    if [[ -n $verb && $word != -* ]]; then
+        compopt -o filenames
+        mapfile -t COMPREPLY < <(compgen -f -- "$word")
+        return
+    fi
+    local words=''
+    case "$verb" in
+        '') words='attach run flame report doctor demo --version -h --help' ;;
+        attach) words='-p --pid -t --tid --comm --cgroup --children -d --duration -o --output -f --force --min --slow --no-stacks --stack-budget --ring-size --json -v --verbose -q --quiet -h --help' ;;
+        run) words='--children -d --duration -o --output -f --force --min --slow --no-stacks --stack-budget --ring-size --json -v --verbose -q --quiet -h --help' ;;
+        flame) words='-i --input --kind --format -f --force -q --quiet -h --help' ;;
+        report) words='-i --input --json -h --help' ;;
+        doctor) words='--json -v --verbose -h --help' ;;
+        demo) words='-d --duration -o --output -v --verbose -q --quiet -h --help' ;;
+    esac
+    mapfile -t COMPREPLY < <(compgen -W "$words" -- "$word")
+}
+complete -F _latrace latrace

@@ -1,0 +1,88 @@
+#compdef latrace
+# Written by scripts/docs from the command line itself.
+local context state state_descr line
+typeset -A opt_args
+local -a verbs
+verbs=(
+    'attach:Trace processes until Ctrl-C, a duration or their end'
+    'run:Start a program and trace it from its first instruction'
+    'flame:Draw where the threads waited, as a flame graph'
+    'report:Tell in words, or as JSON, what a capture holds'
+    'doctor:Try what tracing needs, and say what to do where it fails'
+    'demo:Trace a real victim and a real culprit, and explain what is seen'
+)
+_arguments -C \
+    ''--version'[Print the version.]' \
+    '(-h --help)'{-h,--help}'[Show the help.]' \
+    '1:command:{_describe command verbs}' \
+    '*::argument:->verb'
+[[ $state == verb ]] || return
+case $line[1] in
+    attach)
+        _arguments -s \
+            '(-p --pid)'{-p,--pid}'[Processes\: all their threads, present and future.]:PID,…:_pids' \
+            '(-t --tid)'{-t,--tid}'[Single threads.]:TID,…:_pids' \
+            ''--comm'[Processes by name; a trailing * is a prefix.]:NAME,…: ' \
+            ''--cgroup'[All processes of a cgroup, present and future\: its directory, or its path in the cpu (v1) or unified (v2) hierarchy. May be repeated.]:PATH:_files -/' \
+            ''--children'[Also all descendants alive now, and all forked later.]' \
+            '(-d --duration)'{-d,--duration}'[Stop after this long\: 30s, 5m; a bare number is seconds.]:TIME: ' \
+            '(-o --output)'{-o,--output}'[Where the capture goes. Without it\: latrace.data; an earlier one is moved to latrace.data.old.]:DIR:_files -/' \
+            '(-f --force)'{-f,--force}'[Replace an output that exists.]' \
+            ''--min'[Record only waits of at least this in detail; 0 records all and never adapts. Without it\: all, until there are too many. Counts and percentiles are exact anyway.]:TIME: ' \
+            ''--slow'[A wait of at least this gets its stack.]:TIME: ' \
+            ''--no-stacks'[Take no stacks\: cheaper, no flame graph.]' \
+            ''--stack-budget'[Take at most so many stacks per second.]:N: ' \
+            ''--ring-size'[Buffer between kernel and latrace, a power of two\: 16M.]:SIZE: ' \
+            ''--json'[Print the report as JSON, for machines.]' \
+            '(-v --verbose)'{-v,--verbose}'[Say more on the way.]' \
+            '(-q --quiet)'{-q,--quiet}'[Say nothing on the way but warnings.]' \
+            '(-h --help)'{-h,--help}'[Show the help.]'
+        ;;
+    run)
+        _arguments -s \
+            ''--children'[Also all descendants alive now, and all forked later.]' \
+            '(-d --duration)'{-d,--duration}'[Stop after this long\: 30s, 5m; a bare number is seconds.]:TIME: ' \
+            '(-o --output)'{-o,--output}'[Where the capture goes. Without it\: latrace.data; an earlier one is moved to latrace.data.old.]:DIR:_files -/' \
+            '(-f --force)'{-f,--force}'[Replace an output that exists.]' \
+            ''--min'[Record only waits of at least this in detail; 0 records all and never adapts. Without it\: all, until there are too many. Counts and percentiles are exact anyway.]:TIME: ' \
+            ''--slow'[A wait of at least this gets its stack.]:TIME: ' \
+            ''--no-stacks'[Take no stacks\: cheaper, no flame graph.]' \
+            ''--stack-budget'[Take at most so many stacks per second.]:N: ' \
+            ''--ring-size'[Buffer between kernel and latrace, a power of two\: 16M.]:SIZE: ' \
+            ''--json'[Print the report as JSON, for machines.]' \
+            '(-v --verbose)'{-v,--verbose}'[Say more on the way.]' \
+            '(-q --quiet)'{-q,--quiet}'[Say nothing on the way but warnings.]' \
+            '(-h --help)'{-h,--help}'[Show the help.]' \
+            '*::command:_normal'
+        ;;
+    flame)
+        _arguments -s \
+            '(-i --input)'{-i,--input}'[The capture to read.]:DIR:_files -/' \
+            ''--kind'[What the widths are; see above.]:wait|offcpu|waker:(wait offcpu waker)' \
+            ''--format'[The format, whatever OUT is called.]:svg|folded|speedscope:(svg folded speedscope)' \
+            '(-f --force)'{-f,--force}'[Replace an output that exists.]' \
+            '(-q --quiet)'{-q,--quiet}'[Say nothing on the way but warnings.]' \
+            '(-h --help)'{-h,--help}'[Show the help.]' \
+            '1:OUT:_files'
+        ;;
+    report)
+        _arguments -s \
+            '(-i --input)'{-i,--input}'[The capture to read.]:DIR:_files -/' \
+            ''--json'[Print the report as JSON, for machines.]' \
+            '(-h --help)'{-h,--help}'[Show the help.]'
+        ;;
+    doctor)
+        _arguments -s \
+            ''--json'[Print the findings as JSON, for machines.]' \
+            '(-v --verbose)'{-v,--verbose}'[Say of everything what it is for.]' \
+            '(-h --help)'{-h,--help}'[Show the help.]'
+        ;;
+    demo)
+        _arguments -s \
+            '(-d --duration)'{-d,--duration}'[How long to trace\: 5s.]:TIME: ' \
+            '(-o --output)'{-o,--output}'[The capture; the flame graph goes beside it, as .svg. Those of an earlier demo are replaced.]:DIR:_files -/' \
+            '(-v --verbose)'{-v,--verbose}'[Say more on the way.]' \
+            '(-q --quiet)'{-q,--quiet}'[Say nothing on the way but warnings.]' \
+            '(-h --help)'{-h,--help}'[Show the help.]'
+        ;;
+esac
