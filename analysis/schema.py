@@ -90,6 +90,7 @@ THREADS: Final = pa.schema(
         ("blocked_ns", pa.uint64()),
         ("open", NAME),  # state at the end: "", waiting, blocked
         ("open_ns", pa.uint64()),  # how long it had been in that state
+        ("stack", pa.int32()),  # where it stood then, when blocked; -1 unknown
         ("ppid", pa.int32()),
     ]
 )

@@ -21,7 +21,7 @@ static inline void set_target(u64 task, u8 on)
 	struct targets *t = lat_targets.lookup(&zero);
 
 	if (t && tgid < PID_MAX && tgid != SELF_TGID)
-		t->on[tgid] = on;
+		t->on[tgid] = (t->on[tgid] & TARGET_THREAD) | on;
 }
 
 int lat_fork(u64 *ctx)
@@ -35,7 +35,7 @@ int lat_fork(u64 *ctx)
 	if (LD32(parent, OFF_TASK_TGID) != LD32(child, OFF_TASK_TGID)) {
 		copy_comm((char *)comm, child);
 		if ((o->follow_forks && is_target(parent)) || comm_matches(o, comm))
-			set_target(child, 1);
+			set_target(child, TARGET_PROCESS);
 	}
 	if (!is_target(child))
 		return 0;
@@ -51,7 +51,7 @@ static inline int named(u64 task, u8 event, u64 *comm)
 	struct thread_state *s;
 
 	if (o && LD32(task, OFF_TASK_PID) == LD32(task, OFF_TASK_TGID) && comm_matches(o, comm))
-		set_target(task, 1);
+		set_target(task, TARGET_PROCESS);
 	if (!is_target(task))
 		return 0;
 	s = state_of(task);
@@ -94,7 +94,7 @@ int lat_cgroup_attach(u64 *ctx)
 
 		for (i = 0; i < PATTERNS; i++) {
 			if (i < o->cgroups && id == o->cgroup[i].id) {
-				set_target(task, 1);
+				set_target(task, TARGET_PROCESS);
 				return 0;
 			}
 		}

@@ -37,7 +37,9 @@ struct thread_state {
 	u8 waker_ctx;
 };
 
-struct targets { u8 on[PID_MAX]; };
+#define TARGET_PROCESS 1
+#define TARGET_THREAD 2
+struct targets { u8 on[PID_MAX]; };		/* by process and by thread id; two bits */
 struct scratch { u64 frames[STACK_FRAMES]; };
 
 #define MMAPABLE (1 << 10)
@@ -53,11 +55,20 @@ BPF_RINGBUF_OUTPUT(lat_ring, RING_PAGES);
 
 static inline int is_target(u64 task)
 {
-	u64 id = LD32(task, BY_TID ? OFF_TASK_PID : OFF_TASK_TGID);
+	u64 id = LD32(task, OFF_TASK_TGID);
 	u32 zero = 0;
 	struct targets *t = lat_targets.lookup(&zero);
 
-	return t && id < PID_MAX && t->on[id];
+	if (!t)
+		return 0;
+	if (id < PID_MAX && t->on[id] & TARGET_PROCESS)
+		return 1;
+#if SINGLE_THREADS
+	id = LD32(task, OFF_TASK_PID);
+	if (id < PID_MAX && t->on[id] & TARGET_THREAD)
+		return 1;
+#endif
+	return 0;
 }
 
 static inline struct cpu_state *this_cpu(void)
@@ -120,7 +131,7 @@ static inline void fill_thread(struct thread_record *r, u64 task, struct thread_
 	r->type = RECORD_THREAD;
 	r->event = event;
 	r->place = s->wait.place;
-	r->pad = 0;
+	r->frames = 0;
 	r->tid = LD32(task, OFF_TASK_PID);
 	r->tgid = LD32(task, OFF_TASK_TGID);
 	r->ppid = LD32(parent, OFF_TASK_TGID);
@@ -133,7 +144,7 @@ static inline void fill_thread(struct thread_record *r, u64 task, struct thread_
 	r->max_wait_ns = s->max_wait_ns;
 	r->blocked = s->blocked;
 	r->blocked_ns = s->blocked_ns;
-	r->stack_frames = 0;
+	r->user_ip = r->user_fp = 0;
 }
 
 /* `comm`: the name it is about to have; 0: the one it has. */

@@ -43,13 +43,14 @@ struct stack_record {
 /* What the kernel knows of a thread, and the exact totals of it: sent when it is first seen,
  * renamed or ended, and for every thread still there when the trace ends. */
 struct thread_record {
-	u8 type, event, place, pad;
+	u8 type, event, place, frames;	/* THREAD_END: so many kernel addresses (u64) follow */
 	u32 tid, tgid, ppid;
 	u64 ts_ns, start_ns;
 	char comm[COMM_BYTES];
 	u64 open_ns;			/* waiting or blocked for so long when the trace ended */
 	u64 waits, wait_ns, max_wait_ns, blocked, blocked_ns;
-	u64 stack_frames;		/* THREAD_END: so many u64 kernel addresses follow it */
+	u64 user_ip, user_fp;		/* THREAD_END: where in user space it stands */
+	u64 reserved;
 };
 
 /* One per histogram slot and CPU: everything here is exact whatever the ring loses. */
@@ -63,13 +64,12 @@ struct hist {
 struct cpu_state {
 	u64 woken;			/* the last target woken from this CPU */
 	u64 due_key;			/* stack to take once the switch is over */
-	u32 due_tid, tokens;		/* stacks that may still be taken in this tick */
+	u32 due_tid, pad0;
 	u64 next_key;
 
 	u64 rows, stacks;
 	u64 lost_waits, lost_stacks, lost_threads;	/* the ring was full */
 	u64 missed_stacks;		/* the thread never came by to have it taken */
-	u64 out_of_tokens;
 	u64 discarded, no_start, recovered, no_storage, open_at_start;
 	/* the kernel's books, task->sched_info */
 	u64 timed_waits, timed_ns, kernel_ns, kernel_count, blind_waits, blind_ns;
@@ -85,6 +85,7 @@ struct control {
 	u64 min_ns;			/* waits below this get no row */
 	u64 slow_ns, slow_blocked_ns;	/* intervals above these always get a stack */
 	u64 wait_period_ns, blocked_period_ns;
+	s64 tokens;			/* stacks that may still be taken in this tick */
 	u32 follow_forks, comms, cgroups, pad;
 	struct comm_pattern comm[PATTERNS];
 	struct cgroup_id cgroup[PATTERNS];

@@ -58,7 +58,13 @@ int lat_iter_end(u64 *ctx)
 		bytes = get_task_stack(task, frames->frames, STACK_KERNEL_FRAMES * 8, 0);
 		if (bytes < 0 || bytes > STACK_KERNEL_FRAMES * 8)
 			bytes = 0;
-		r.stack_frames = bytes / 8;
+		r.frames = bytes / 8;
+#ifdef OFF_REGS_FP
+		u64 regs = task_pt_regs(task);
+
+		r.user_ip = LD64(regs, OFF_REGS_IP);
+		r.user_fp = LD64(regs, OFF_REGS_FP);
+#endif
 	}
 	seq_write(seq, &r, sizeof(r));
 	if (bytes > 0)

@@ -25,6 +25,25 @@ static inline u8 waker_context(u64 task)
 	return count & 0x100 ? CTX_SOFTIRQ : CTX_TASK;	/* SOFTIRQ_OFFSET: serving one */
 }
 
+static inline void set_waker(struct thread_state *s, u64 waker)
+{
+	s->waker_tid = LD32(waker, OFF_TASK_PID);
+	s->waker_tgid = LD32(waker, OFF_TASK_TGID);
+	copy_comm(s->waker, waker);
+}
+
+static inline void no_waker(struct thread_state *s)
+{
+	s->waker_tid = s->waker_tgid = 0;
+	*(u64 *)s->waker = 0;
+	*(u64 *)(s->waker + 8) = 0;
+}
+
+static inline void take_token(struct control *o)
+{
+	__sync_fetch_and_add(&o->tokens, -1);
+}
+
 int lat_waking(u64 *ctx)
 {
 	u64 task = ARG(ctx, 0), now, waker, blocked;
@@ -47,10 +66,11 @@ int lat_waking(u64 *ctx)
 	if (!began)
 		return 0;
 	waker = get_current_task_btf();
-	s->waker_tid = LD32(waker, OFF_TASK_PID);
-	s->waker_tgid = LD32(waker, OFF_TASK_TGID);
-	copy_comm(s->waker, waker);
 	s->waker_ctx = waker_context(waker);
+	if (s->waker_ctx == CTX_TASK)
+		set_waker(s, waker);
+	else
+		no_waker(s);
 	s->waker_key = s->blocked_weight_ns = 0;
 	s->waking_cpu = bpf_get_smp_processor_id();
 	if (began == 2)
@@ -61,11 +81,11 @@ int lat_waking(u64 *ctx)
 	if (!o || !blocked)
 		return 0;
 	s->blocked_weight_ns = sample_weight(&s->blocked_acc_ns, blocked, o->blocked_period_ns,
-					     o->slow_blocked_ns, c->tokens > 1);
+					     o->slow_blocked_ns, o->tokens > 1);
 	if (s->blocked_weight_ns) {
 		u64 key = new_key(c);
 
-		c->tokens--;		/* the other one is for the thread's own stack */
+		take_token(o);		/* the other one is for the thread's own stack */
 		if (send_stack(ctx, c, key, waker, s->waker_ctx == CTX_TASK, s->waker_ctx == CTX_HARDIRQ))
 			s->waker_key = key;
 		else
@@ -98,8 +118,7 @@ int lat_wakeup(u64 *ctx)
 	if (there && there->woken == task)
 		there->woken = 0;
 	if (wait_queued(&s->wait, bpf_ktime_get_ns())) {
-		s->waker_tid = s->waker_tgid = 0;
-		s->waker[0] = 0;
+		no_waker(s);
 		s->waker_ctx = CTX_UNKNOWN;
 		s->waker_key = s->blocked_weight_ns = 0;
 		s->blocked_acc_ns += s->wait.blocked_ns;
@@ -110,7 +129,7 @@ int lat_wakeup(u64 *ctx)
 /* The first wait of a new thread: its parent is the waker. */
 int lat_wakeup_new(u64 *ctx)
 {
-	u64 task = ARG(ctx, 0), waker;
+	u64 task = ARG(ctx, 0);
 	struct thread_state *s;
 
 	if (!is_target(task))
@@ -119,10 +138,7 @@ int lat_wakeup_new(u64 *ctx)
 	if (!s)
 		return 0;
 	wait_start(&s->wait, bpf_ktime_get_ns(), WAIT_NEW);
-	waker = get_current_task_btf();
-	s->waker_tid = LD32(waker, OFF_TASK_PID);
-	s->waker_tgid = LD32(waker, OFF_TASK_TGID);
-	copy_comm(s->waker, waker);
+	set_waker(s, get_current_task_btf());
 	s->waker_ctx = CTX_TASK;
 	s->waker_key = s->blocked_weight_ns = 0;
 	return 0;
@@ -167,10 +183,9 @@ static inline void leave(u64 task, u64 now, int runnable, int dead)
 	}
 	wait_leave(&s->wait, now, runnable);
 	if (runnable) {
-		s->waker_tid = s->waker_tgid = 0;
-		s->waker_key = s->blocked_weight_ns = 0;
+		no_waker(s);
 		s->waker_ctx = CTX_UNKNOWN;
-		*(u64 *)s->waker = 0;
+		s->waker_key = s->blocked_weight_ns = 0;
 	}
 }
 
@@ -218,9 +233,8 @@ static inline void enter(u64 task, u64 now)
 		s->wait.migrations = 0;
 		c->recovered++;
 		s->blocked_weight_ns = s->waker_key = 0;
-		s->waker_tid = s->waker_tgid = 0;
+		no_waker(s);
 		s->waker_ctx = CTX_UNKNOWN;
-		*(u64 *)s->waker = 0;
 	}
 	s->last_wait_ns = wait + 1;
 	s->waits++;
@@ -246,14 +260,14 @@ static inline void enter(u64 task, u64 now)
 	if (slot < HIST_SLOTS)
 		h->slots[slot]++;
 
-	weight = sample_weight(&s->wait_acc_ns, wait, o->wait_period_ns, o->slow_ns, c->tokens > 0);
+	weight = sample_weight(&s->wait_acc_ns, wait, o->wait_period_ns, o->slow_ns, o->tokens > 0);
 	if (weight | s->blocked_weight_ns) {
 		if (s->wait.kind != WAIT_NEW) {
 			c->missed_stacks += c->due_tid != 0;
 			key = new_key(c);
 			c->due_key = key;
 			c->due_tid = LD32(task, OFF_TASK_PID);
-			c->tokens -= c->tokens > 0;
+			take_token(o);
 		}
 	} else if (wait < o->min_ns) {
 		return;

@@ -61,7 +61,9 @@ _OFFSETS = {
 _OPTIONAL_OFFSETS = {
     "OFF_TASK_STATE": ("task_struct", "__state"),  # `state` before 2f064a59a11f (5.14)
     "OFF_TASK_PREEMPT_COUNT": ("task_struct", "thread_info.preempt_count"),  # arm64
-    "OFF_REGS_SYSCALL": ("pt_regs", "orig_ax"),  # x86
+    "OFF_REGS_SYSCALL": ("pt_regs", "orig_ax"),  # x86, as the next two
+    "OFF_REGS_IP": ("pt_regs", "ip"),
+    "OFF_REGS_FP": ("pt_regs", "bp"),
 }
 
 _TRACEPOINTS = {
@@ -109,7 +111,7 @@ class Build:
 
     ring_bytes: int
     histograms: int
-    by_thread: bool = False
+    single_threads: bool = False
     cgroups: bool = False
     stacks: bool = True
 
@@ -158,6 +160,10 @@ class Probes:
         fd: int = self.module[name].map_fd
         return fd
 
+    def table(self, name: str) -> list[tuple[int, int]]:
+        """A small map of integers, as pairs of key and value."""
+        return [(key.value, value.value) for key, value in self.module[name].items()]
+
     def map_memory(self, name: str, size: int) -> mmap.mmap:
         """An array map as shared memory; `size` in bytes is rounded up to whole pages."""
         page = mmap.PAGESIZE
@@ -193,7 +199,7 @@ def load(btf: Btf, build: Build) -> Probes:
         "NCPU": possible_cpus(),
         "NSLOT": build.histograms,
         "RING_PAGES": build.ring_bytes // mmap.PAGESIZE,
-        "BY_TID": int(build.by_thread),
+        "SINGLE_THREADS": int(build.single_threads),
         "SELF_TGID": os.getpid(),
     }
     BPF = import_bcc()

@@ -1,0 +1,136 @@
+"""Keep the tracer cheap: how many rows and stacks it takes, by rule, and what it did about it.
+
+Counts, totals and percentiles come from in-kernel counters and never degrade. What gives way, in
+this order, is the share of waits that get a row (the shortest go first), then the share of stacks.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from latrace.analysis.histogram import bounds
+
+from .options import Options
+from .shared import Shared
+
+ROWS_PER_S = 20_000
+"""Above this the default mode raises the row threshold. A row costs about as much as the rest of
+the probe, and twenty thousand of the longest waits a second explain any percentile."""
+
+TICK_S = 0.1
+_WAIT_PERIOD_NS, _BLOCKED_PERIOD_NS, _SLOW_BLOCKED_NS = 2_000_000, 20_000_000, 100_000_000
+_NEVER = 2**63 - 1
+_RECENT_TICKS = 10
+
+
+@dataclass(slots=True)
+class Budget:
+    """Steers the probes' control block; `step` is called about every TICK_S."""
+
+    shared: Shared
+    options: Options
+    degraded: list[dict[str, Any]] = field(default_factory=list)
+    """What was given up and why: `at_ns` (CLOCK_MONOTONIC), `what`, `why`."""
+    highest_slow_ns: int = 0
+    _coarser: int = 1
+    _last_s: float = 0.0
+    _last_rows: int = 0
+    _tokens: int = 0
+    _history: list[npt.NDArray[np.uint64]] = field(default_factory=list)
+    _calm_ticks: int = 0
+    _said_rows: bool = False
+    _said_lost: bool = False
+
+    def start(self) -> None:
+        """Set the thresholds that a trace begins with."""
+        control = self.shared.control
+        control["min_ns"] = self.options.min_ns or 0
+        self._set_coarseness(1)
+        self._refill(TICK_S)
+        self._last_s = time.monotonic()
+
+    def _set_coarseness(self, factor: int) -> None:
+        self._coarser = factor
+        control = self.shared.control
+        if not self.options.stacks:
+            for name in ("slow_ns", "slow_blocked_ns", "wait_period_ns", "blocked_period_ns"):
+                control[name] = _NEVER
+            return
+        control["slow_ns"] = self.options.slow_ns * factor
+        control["slow_blocked_ns"] = _SLOW_BLOCKED_NS * factor
+        control["wait_period_ns"] = _WAIT_PERIOD_NS * factor
+        control["blocked_period_ns"] = _BLOCKED_PERIOD_NS * factor
+        self.highest_slow_ns = max(self.highest_slow_ns, self.options.slow_ns * factor)
+
+    def _refill(self, elapsed_s: float) -> None:
+        tokens = max(4, round(self.options.stack_budget_per_s * min(elapsed_s, 1.0)))
+        self._tokens = tokens
+        self.shared.control["tokens"] = tokens
+
+    def step(self, ring_used: float) -> None:
+        """Look at the last tick and adapt. `ring_used`: its share before the drain, 0 to 1."""
+        now = time.monotonic()
+        elapsed = now - self._last_s
+        if elapsed < TICK_S:
+            return
+        self._last_s = now
+        self._adapt_stacks()
+        self._refill(elapsed)
+        rows = int(self.shared.cpus["rows"].sum() + self.shared.cpus["lost_waits"].sum())
+        rate, self._last_rows = (rows - self._last_rows) / elapsed, rows
+        if self.options.min_ns is None:
+            self._adapt_rows(rate, ring_used)
+
+    def _adapt_stacks(self) -> None:
+        left = int(self.shared.control["tokens"][0])
+        if left <= 1 and self._coarser < 1 << 12:
+            self._set_coarseness(self._coarser * 2)
+        elif self._coarser > 1 and left > self._tokens * 3 // 4:
+            self._set_coarseness(self._coarser // 2)
+
+    def _adapt_rows(self, rate: float, ring_used: float) -> None:
+        threshold = int(self.shared.control["min_ns"][0])
+        self._history = [*self._history[-_RECENT_TICKS:], self.shared.slot_counts()]
+        pressed = rate > ROWS_PER_S or ring_used > 0.5
+        self._calm_ticks = 0 if rate > ROWS_PER_S / 4 else self._calm_ticks + 1
+        if not pressed and not (threshold and self._calm_ticks >= _RECENT_TICKS):
+            return
+        recent = self._history[-1] - self._history[-2 if pressed and len(self._history) > 1 else 0]
+        over_s = TICK_S * (1 if pressed else max(1, len(self._history) - 1))
+        wanted = threshold_for(recent, ROWS_PER_S / 2 * over_s)
+        if pressed and wanted <= threshold:
+            wanted = max(threshold * 2, 1000)
+        self.shared.control["min_ns"] = wanted
+        self._calm_ticks = 0
+        if pressed and not self._said_rows:
+            self._said_rows = True
+            self._note(
+                f"waits shorter than {_show(wanted)} get no row (adapting; counts stay exact)",
+                f"{rate:,.0f} waits/s is above the budget of {ROWS_PER_S:,} rows/s",
+            )
+
+    def _note(self, what: str, why: str) -> None:
+        self.degraded.append({"at_ns": time.monotonic_ns(), "what": what, "why": why})
+
+    def note_loss(self, lost: int) -> None:
+        """Say that the ring could not keep up, once."""
+        if lost and not self._said_lost:
+            self._said_lost = True
+            self._note("details of some waits are lost (counts stay exact)", "the ring was full")
+
+
+def threshold_for(counts: npt.NDArray[np.uint64], rows: float) -> int:
+    """The shortest wait (ns) such that at most `rows` of the waits in `counts` are as long."""
+    from_top = np.cumsum(counts[::-1])
+    fitting = int(np.searchsorted(from_top, rows, side="right"))
+    if fitting >= len(counts):
+        return 0
+    return int(bounds([len(counts) - fitting])[0][0]) if fitting else _NEVER
+
+
+def _show(duration_ns: int) -> str:
+    return f"{duration_ns / 1e6:.3g} ms" if duration_ns >= 1e6 else f"{duration_ns / 1e3:.3g} us"

@@ -1,0 +1,87 @@
+"""Ring cells to the rows of the capture's tables, in bulk: no Python call per event."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .records import WAIT_KINDS, WAKER_CONTEXTS, Record
+from .syscalls import syscall_name
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+_NO_STACK = np.int32(-1)
+
+
+def split(cells: npt.NDArray[np.void]) -> dict[Record, npt.NDArray[np.void]]:
+    """Cells by their type, each in ring order. The type is the first byte of every record."""
+    types = cells.view("u1").reshape(len(cells), -1)[:, 0]
+    if (types == Record.WAIT).all():
+        return {Record.WAIT: cells}
+    return {record: cells[types == record] for record in Record}
+
+
+def _coded(codes: npt.NDArray[np.integer[Any]], names: tuple[str, ...]) -> pa.DictionaryArray:
+    import pyarrow as pa  # noqa: PLC0415 - heavy, and after the probes are attached
+
+    return pa.DictionaryArray.from_arrays(
+        pa.array(codes.astype(np.int32)), pa.array(names, pa.utf8())
+    )
+
+
+def wait_columns(
+    waits: npt.NDArray[np.void],
+    stacks: npt.NDArray[np.int32],
+    waker_stacks: npt.NDArray[np.int32],
+) -> dict[str, Any]:
+    """Columns of the table `waits`.
+
+    `waits`: shape (n,) of dtype WAIT; the stack ids: shape (n,), −1 where there is none.
+    """
+    from .writer import names_from_bytes, names_from_codes  # noqa: PLC0415 - as above
+
+    woken_by_task = waits["waker_tgid"] != 0
+
+    def id_or_none(name: str) -> npt.NDArray[np.int32]:
+        return np.where(woken_by_task, waits[name], -1).astype(np.int32)
+
+    return {
+        "run_ns": waits["run_ns"],
+        "wait_ns": waits["wait_ns"],
+        "tid": waits["tid"],
+        "tgid": waits["tgid"],
+        "cpu": waits["cpu"],
+        "kind": _coded(waits["kind"], WAIT_KINDS),
+        "waker_tid": id_or_none("waker_tid"),
+        "waker_tgid": id_or_none("waker_tgid"),
+        "waker": names_from_bytes(waits["waker"]),
+        "waker_ctx": _coded(waits["waker_ctx"], WAKER_CONTEXTS),
+        "blocked_ns": waits["blocked_ns"],
+        "syscall": names_from_codes(waits["syscall"], syscall_name),
+        "stack": stacks,
+        "weight_ns": waits["weight_ns"],
+        "blocked_weight_ns": waits["blocked_weight_ns"],
+        "waker_stack": waker_stacks,
+        "wakeup_ns": waits["wakeup_ns"].astype(np.uint64),
+        "migrations": waits["migrations"],
+    }
+
+
+def cgroup_of(tgid: int) -> str:
+    """The cgroup that limits a process's CPU: the v1 `cpu` one or, else, the v2 one; "" if gone."""
+    try:
+        lines = Path(f"/proc/{tgid}/cgroup").read_text("utf-8", "backslashreplace").splitlines()
+    except OSError:
+        return ""
+    unified = ""
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if "cpu" in controllers.split(","):
+            return path
+        if not controllers:
+            unified = path
+    return unified

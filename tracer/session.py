@@ -1,0 +1,591 @@
+"""One trace, from attaching the probes to the closed capture.
+
+    ring ─► split ─► waits ───────► rows of `waits`
+                  ├► stacks ─► ids ─► names (a thread of its own) ─► `stacks`, `frames`
+                  └► threads ─► who is there ─► `threads`
+
+Histograms and totals are not events: they are read from memory shared with the probes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import select
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+import numpy.typing as npt
+from latrace.analysis import histogram
+
+from . import bpf, loader
+from .btf import Btf
+from .budget import Budget
+from .cost import Cost
+from .errors import LatraceError, NoTargetError
+from .membership import members, write_rules
+from .options import Options
+from .records import CELL_BYTES, HIST, STACK, THREAD, WAIT, Place, Record, ThreadEvent
+from .ring import Ring
+from .rows import cgroup_of, split, wait_columns
+from .shared import TARGET_PROCESS, TARGET_THREAD, Shared
+from .unwind import user_frames
+
+if TYPE_CHECKING:
+    from .outputs import OutputDir
+    from .stacks import NamedStacks
+
+_FLUSH_S = 0.5
+_SLEEP_MIN_S, _SLEEP_MAX_S = 0.001, 0.1
+_ROWS_PER_APPEND = 1 << 16
+_HISTOGRAM_BYTES = 64 << 20
+_NAMING_TIMEOUT_S = 30.0
+_SETTLE_S = 0.002  # programs that run on another CPU while we detach end within microseconds
+_NAMED_PROCESSES = 100  # in the manifest: a fork bomb must not fill it
+_OPEN = {Place.WAITING: "waiting", Place.UNKNOWN: "waiting", Place.BLOCKED: "blocked"}
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """The trace at one moment, for a live view. Percentiles are of the whole trace, exact."""
+
+    elapsed_s: float
+    waits: int
+    waits_per_s: float
+    p50_ns: int
+    p99_ns: int
+    max_ns: int
+    lost: int
+    rows: int
+    threads: int
+    self_cpu_percent: float
+    bpf_percent: float | None
+    degraded: tuple[str, ...]
+
+
+class Tracer:
+    """Traces the targets of `options` into a capture; a context manager.
+
+    On entry the probes are attached and the state of threads already there is known. Raises
+    HostError when this host cannot, NoTargetError when no target is left, LatraceError when the
+    capture cannot be written. On exit everything is detached and the capture closed, complete
+    unless an exception came through.
+    """
+
+    def __init__(
+        self,
+        options: Options,
+        out: OutputDir | Callable[[], OutputDir],
+        *,
+        command: list[str],
+    ) -> None:
+        self._options = options
+        self._out = out
+        self._command = command
+        self._live: dict[int, int] = {}
+        """Threads alive now, to their processes."""
+        self._alive = Alive()
+        self._cgroups: dict[int, str] = {}
+        """Of every process seen."""
+        self._names: dict[int, str] = {}
+        """The first name of the first processes seen."""
+        self._pending: list[npt.NDArray[np.void]] = []
+        self._pending_rows = 0
+        self._lost_stacks = 0
+        self._snapshots = 0
+        self._last_count, self._last_count_s = 0, time.monotonic()
+        self._resources = contextlib.ExitStack()
+
+    # ---------------------------------------------------------------- attach
+
+    def __enter__(self) -> Self:
+        with contextlib.ExitStack() as undo:
+            self._attach(undo)
+            self._open_capture()
+            undo.callback(self._writer.close, complete=False)
+            self._resources = undo.pop_all()
+        return self
+
+    def _attach(self, undo: contextlib.ExitStack) -> None:
+        options = self._options
+        several = options.children or options.comms or options.cgroups
+        affordable = _HISTOGRAM_BYTES // (loader.possible_cpus() * HIST.itemsize)
+        processes = 63 if several else len(options.pids) + len(options.tids)
+        histograms = 1 + max(1, min(processes, 63, affordable))
+        self._probes = loader.load(
+            Btf(),
+            loader.Build(
+                ring_bytes=options.ring_bytes,
+                histograms=histograms,
+                single_threads=bool(options.tids),
+                cgroups=bool(options.cgroups),
+                stacks=options.stacks,
+            ),
+        )
+        undo.callback(self._probes.close)
+        self._shared = Shared(self._probes, histograms)
+        self._ring = Ring(self._probes.map_fd("lat_ring"), options.ring_bytes)
+        undo.callback(self._alive.close)
+        self._budget = Budget(self._shared, options)
+        self._budget.start()
+        self._cost = Cost(self._probes.programs)
+        undo.callback(self._cost.close)
+        self._probes.attach()
+        self._start_ns, self._start_realtime_ns = time.monotonic_ns(), time.time_ns()
+        write_rules(self._shared.control, options)
+        self._shared.targets[list(options.tids)] |= TARGET_THREAD
+        self._shared.targets[list(options.pids)] |= TARGET_PROCESS
+        # Twice: a process may have come before the kernel followed by itself.
+        for _ in range(2):
+            self._shared.targets[list(members(options))] |= TARGET_PROCESS
+            self._take_threads(
+                np.frombuffer(
+                    bpf.read_iterator(self._probes.programs["lat_iter_seed"]), THREAD
+                )
+            )
+        if not self._live and not (options.comms or options.cgroups):
+            raise NoTargetError(
+                "the target ended before it could be traced", hint="name one that still runs"
+            )
+
+    def _open_capture(self) -> None:
+        # Heavy imports come here, when the probes already count.
+        from .stacks import Naming, StackCells  # noqa: PLC0415
+        from .writer import CaptureWriter  # noqa: PLC0415
+
+        self._naming = Naming()
+        self._stacks = StackCells(self._naming.add)
+        out = self._out() if callable(self._out) else self._out
+        self._writer = CaptureWriter(out, self._manifest_head())
+
+    def _manifest_head(self) -> dict[str, Any]:
+        from latrace import __version__  # noqa: PLC0415
+
+        options = self._options
+        return {
+            "latrace": __version__,
+            "host": platform.node(),
+            "kernel": platform.release(),
+            "machine": platform.machine(),
+            "cpus": os.cpu_count(),
+            "started_realtime_ns": self._start_realtime_ns,
+            "start_ns": self._start_ns,
+            "clock": {"realtime_minus_monotonic_ns": self._start_realtime_ns - self._start_ns},
+            "command": self._command,
+            "targets": self._targets(),
+            "options": {
+                "pids": options.pids,
+                "tids": options.tids,
+                "comms": options.comms,
+                "cgroups": [str(cgroup) for cgroup in options.cgroups],
+                "children": options.children,
+                "min_ns": options.min_ns,
+                "slow_ns": options.slow_ns,
+                "stacks": options.stacks,
+                "stack_budget_per_s": options.stack_budget_per_s,
+                "ring_bytes": options.ring_bytes,
+                "duration_s": options.duration_s,
+            },
+        }
+
+    def _targets(self) -> list[dict[str, Any]]:
+        """The processes traced, most of them at most: a fork bomb must not fill the manifest."""
+        return [
+            {"tgid": tgid, "comm": comm, "cmdline": _command_line(tgid)}
+            for tgid, comm in self._names.items()
+        ]
+
+    # ------------------------------------------------------------------- run
+
+    def run(
+        self,
+        *,
+        stop: threading.Event,
+        on_tick: Callable[[Snapshot], None] | None = None,
+        tick_s: float = 1.0,
+    ) -> None:
+        """Record until `stop` is set, the duration is over or all targets have ended."""
+        started_s = self._last_count_s = time.monotonic()
+        duration_s = self._options.duration_s
+        end_s = started_s + duration_s if duration_s is not None else float("inf")
+        flush_s, tick_at_s = started_s + _FLUSH_S, started_s + tick_s
+        snapshot_s, sleep_s = started_s, _SLEEP_MIN_S
+        while True:
+            used = self._ring.used()
+            self._drain()
+            self._budget.step(used)
+            self._cost.step()
+            now = time.monotonic()
+            if now >= flush_s:
+                self._flush()
+                flush_s = now + _FLUSH_S
+                if now >= snapshot_s:
+                    self._write_snapshot()
+                    snapshot_s = now + min(10.0, max(_FLUSH_S, (now - started_s) / 20))
+            if on_tick is not None and now >= tick_at_s:
+                on_tick(self.snapshot())
+                tick_at_s += tick_s * (1 + (now - tick_at_s) // tick_s)
+            if stop.is_set() or now >= end_s or self._all_ended():
+                return
+            # Aim at a ring an eighth full at each look: no wake-up per event, none in vain.
+            sleep_s = min(max(sleep_s * min(2.0, 0.125 / max(used, 1e-3)), _SLEEP_MIN_S), _SLEEP_MAX_S)
+            self._sleep(min(sleep_s, max(0.0, end_s - now)))
+
+    def _sleep(self, seconds: float) -> None:
+        """Sleep, less when a target process ends."""
+        for tgid in self._alive.wait(seconds):
+            # Its number may come back as another process.
+            self._shared.targets[tgid] &= ~np.uint8(TARGET_PROCESS)
+
+    def _all_ended(self) -> bool:
+        """Whether no target is left and none can come."""
+        if self._options.comms or self._options.cgroups:
+            return False
+        if self._options.tids and not self._options.pids and not self._live:
+            return True
+        if len(self._alive):
+            return False
+        # Processes that were gone before we could watch them, or whose last record was lost.
+        self._live = {
+            tid: tgid for tid, tgid in self._live.items() if Path(f"/proc/{tgid}/task/{tid}").exists()
+        }
+        return not self._live
+
+    # ----------------------------------------------------------------- drain
+
+    def _drain(self) -> None:
+        """Take everything from the ring."""
+        while len(cells := self._ring.read()):
+            records = split(cells)
+            stacks = records.get(Record.STACK)
+            if stacks is not None and len(stacks):
+                self._stacks.add(stacks.view(STACK))
+            threads = records.get(Record.THREAD)
+            if threads is not None and len(threads):
+                self._take_threads(threads.view(THREAD))
+            waits = records[Record.WAIT]
+            if len(waits):
+                self._pending.append(waits.view(WAIT))
+                self._pending_rows += len(waits)
+            if self._pending_rows >= _ROWS_PER_APPEND:
+                self._write_waits(hold=True)
+                self._writer.flush()
+
+    def _write_waits(self, *, hold: bool) -> None:
+        """Rows to the writer. Those whose stack may still come are held back, if `hold`."""
+        if not self._pending:
+            return
+        waits = np.concatenate(self._pending)
+        self._pending, self._pending_rows = [], 0
+        if hold:
+            ready = self._stacks.arrived(waits["stack_key"]) & self._stacks.arrived(
+                waits["waker_key"]
+            )
+            # A stack follows its wait at once: what is older than a flush will not come.
+            ready |= waits["run_ns"] + np.uint64(_FLUSH_S * 1e9) < time.monotonic_ns()
+            if not ready.all():
+                self._pending = [waits[~ready]]
+                self._pending_rows = int((~ready).sum())
+                waits = waits[ready]
+        stacks, waker_stacks = self._stacks.ids(waits["stack_key"]), self._stacks.ids(
+            waits["waker_key"]
+        )
+        self._writer.append("waits", wait_columns(waits, stacks, waker_stacks))
+
+    def _take_threads(self, threads: npt.NDArray[np.void]) -> None:
+        """Follow who is there; `threads`: shape (n,) of dtype THREAD."""
+        ended = threads[threads["event"] == ThreadEvent.EXIT]
+        for event, tid, tgid, ppid, comm in zip(
+            threads["event"].tolist(),
+            threads["tid"].tolist(),
+            threads["tgid"].tolist(),
+            threads["ppid"].tolist(),
+            threads["comm"].tolist(),
+            strict=True,
+        ):
+            if event == ThreadEvent.EXIT:
+                self._live.pop(tid, None)
+                continue
+            self._live[tid] = tgid
+            if tgid not in self._alive:
+                self._add_process(tgid, ppid, comm, forked=event == ThreadEvent.FORK)
+            if event == ThreadEvent.EXEC:
+                self._naming.changed(tgid)
+        if len(ended):
+            self._write_threads(ended, [-1] * len(ended))
+
+    def _add_process(self, tgid: int, ppid: int, comm: bytes, *, forked: bool) -> None:
+        if len(self._names) < _NAMED_PROCESSES:
+            self._names.setdefault(tgid, comm.decode("utf-8", "backslashreplace"))
+        # A child is born into its parent's group: no need to ask for each of many.
+        inherited = self._cgroups.get(ppid) if forked else None
+        self._cgroups[tgid] = cgroup_of(tgid) if inherited is None else inherited
+        self._alive.add(tgid)
+
+    def _write_threads(self, threads: npt.NDArray[np.void], stacks: list[int]) -> None:
+        """Final rows of threads: shape (n,) of dtype THREAD, and where they stand, −1 unknown."""
+        is_open = threads["event"] == ThreadEvent.END
+        self._writer.append(
+            "threads",
+            {
+                "tid": threads["tid"],
+                "tgid": threads["tgid"],
+                "comm": np.ascontiguousarray(threads["comm"]),
+                "start_ns": threads["start_ns"],
+                "cgroup": [self._cgroups.get(tgid, "") for tgid in threads["tgid"].tolist()],
+                "waits": threads["waits"],
+                "wait_ns": threads["wait_ns"],
+                "max_wait_ns": threads["max_wait_ns"],
+                "blocked": threads["blocked"],
+                "blocked_ns": threads["blocked_ns"],
+                "open": [
+                    _OPEN.get(place, "") if at_end else ""
+                    for place, at_end in zip(threads["place"].tolist(), is_open, strict=True)
+                ],
+                "open_ns": threads["open_ns"],
+                "stack": stacks,
+                "ppid": threads["ppid"],
+            },
+        )
+
+    def _flush(self) -> None:
+        """Everything known so far to disk."""
+        self._write_waits(hold=True)
+        self._write_names(self._naming.take())
+        self._writer.flush()
+
+    def _write_names(self, named: NamedStacks) -> None:
+        if named.frames:
+            numbers, frames = zip(*named.frames, strict=True)
+            self._writer.append(
+                "frames",
+                {
+                    "id": list(numbers),
+                    "symbol": [frame.symbol for frame in frames],
+                    "module": [frame.module for frame in frames],
+                    "offset": np.array([frame.offset for frame in frames], np.uint64),
+                    "space": [frame.space for frame in frames],
+                },
+            )
+        if named.stacks:
+            numbers, ids, whole, kernel_frames = zip(*named.stacks, strict=True)
+            self._writer.append(
+                "stacks",
+                {
+                    "id": list(numbers),
+                    "frames": list(ids),
+                    "whole": list(whole),
+                    "kernel_frames": list(kernel_frames),
+                },
+            )
+
+    # ---------------------------------------------------- counters and quality
+
+    def _slots(self) -> dict[int, int]:
+        """Histogram number → process; number 0 is all processes that got none of their own."""
+        slots = {slot: tgid for tgid, slot in self._probes.table("lat_slots")}
+        return {0: -1} | slots
+
+    def _write_snapshot(self) -> None:
+        """The exact counters as they are now, so that a killed trace has them too."""
+        hists, totals = [], []
+        for slot, tgid in self._slots().items():
+            per_cpu = self._shared.hist[slot]
+            counts = per_cpu["slots"].sum(axis=0)
+            waits = int(counts.sum())
+            if not waits:
+                continue
+            lo, hi, count = histogram.buckets(counts)
+            hists.append((np.full(len(lo), tgid, np.int32), lo, hi, count))
+            kinds = per_cpu["kinds"].sum(axis=0)
+            totals.append(
+                {
+                    "tgid": tgid,
+                    "waits": waits,
+                    "wait_ns": int(per_cpu["wait_ns"].sum()),
+                    "max_ns": int(per_cpu["max_ns"].max()),
+                    "blocked": int(per_cpu["blocked"].sum()),
+                    "blocked_ns": int(per_cpu["blocked_ns"].sum()),
+                    "waits_wakeup": int(kinds[0]),
+                    "waits_new": int(kinds[1]),
+                    "waits_preempted": int(kinds[2]),
+                    "snapshot": self._snapshots,
+                }
+            )
+        if totals:
+            tgids, lo, hi, count = (np.concatenate(column) for column in zip(*hists, strict=True))
+            self._writer.append(
+                "hist",
+                {
+                    "metric": ["wait"] * len(tgids),
+                    "tgid": tgids,
+                    "lo_ns": lo,
+                    "hi_ns": hi,
+                    "count": count,
+                    "snapshot": np.full(len(tgids), self._snapshots, np.uint32),
+                },
+            )
+            self._writer.append(
+                "totals", {name: [row[name] for row in totals] for name in totals[0]}
+            )
+            self._snapshots += 1
+        self._writer.update_manifest(
+            {"end_ns": time.monotonic_ns(), "targets": self._targets(), "quality": self._quality()}
+        )
+
+    def _quality(self) -> dict[str, Any]:
+        counters = self._shared.counters()
+        self._budget.note_loss(counters["lost_waits"] + counters["lost_threads"])
+        return {
+            "waits": int(self._shared.hist["kinds"].sum()),
+            "rows": counters["rows"],
+            "lost_events": counters["lost_waits"] + counters["lost_threads"],
+            "lost_stacks": counters["lost_stacks"] + counters["missed_stacks"] + self._lost_stacks,
+            "open_at_start": counters["open_at_start"],
+            "no_start": counters["no_start"],
+            "recovered": counters["recovered"],
+            "discarded": counters["discarded"],
+            "no_storage": counters["no_storage"],
+            "degraded": self._budget.degraded,
+            "row_threshold_ns": int(self._shared.control["min_ns"][0]),
+            "highest_slow_ns": self._budget.highest_slow_ns,
+            "kernel_run_delay_ns": counters["kernel_ns"],
+            "traced_run_delay_ns": counters["timed_ns"],
+            "kernel_pcount": counters["kernel_count"],
+            "timed_waits": counters["timed_waits"],
+            "books_blind": {"count": counters["blind_waits"], "ns": counters["blind_ns"]},
+        }
+
+    def snapshot(self) -> Snapshot:
+        """The trace as it stands."""
+        counts = self._shared.slot_counts()
+        longest = int(self._shared.hist["max_ns"].max())
+        p50, p99 = histogram.quantiles(counts, [0.5, 0.99], max_ns=longest)
+        waits, now = int(counts.sum()), time.monotonic()
+        rate = (waits - self._last_count) / max(1e-3, now - self._last_count_s)
+        self._last_count, self._last_count_s = waits, now
+        quality = self._quality()
+        return Snapshot(
+            elapsed_s=(time.monotonic_ns() - self._start_ns) / 1e9,
+            waits=waits,
+            waits_per_s=rate,
+            p50_ns=p50,
+            p99_ns=p99,
+            max_ns=longest,
+            lost=quality["lost_events"] + quality["lost_stacks"],
+            rows=quality["rows"],
+            threads=len(self._live),
+            self_cpu_percent=self._cost.self_cpu_percent(),
+            bpf_percent=self._cost.bpf_percent(),
+            degraded=tuple(f"{note['what']}: {note['why']}" for note in self._budget.degraded),
+        )
+
+    # ------------------------------------------------------------------- end
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        with self._resources:
+            if kind is None or not issubclass(kind, LatraceError):
+                self._finish(complete=kind is None)
+
+    def _finish(self, *, complete: bool) -> None:
+        end_ns = time.monotonic_ns()
+        self._cost.close()
+        self._probes.detach()
+        time.sleep(_SETTLE_S)
+        open_at_end = self._write_open_threads(
+            bpf.read_iterator(self._probes.programs["lat_iter_end"])
+        )
+        self._drain()
+        self._write_waits(hold=False)
+        self._lost_stacks += self._stacks.forget()
+        self._write_names(self._naming.finish(_NAMING_TIMEOUT_S))
+        self._write_snapshot()
+        self._writer.update_manifest(
+            {
+                "end_ns": end_ns,
+                "quality": {"open_at_end": open_at_end, "symbols": self._naming.stats()},
+                "overhead": self._cost.report(),
+            }
+        )
+        self._writer.close(complete=complete)
+
+    def _write_open_threads(self, raw: bytes) -> int:
+        """The final rows of threads still there; returns how many of them wait right now."""
+        at, records, stacks = 0, [], []
+        while at < len(raw):
+            record = np.frombuffer(raw, THREAD, 1, at)
+            at += CELL_BYTES
+            depth = int(record["frames"][0])
+            kernel = np.frombuffer(raw, "<u8", depth, at)
+            at += 8 * depth
+            stack = -1
+            if self._options.stacks and depth:
+                tgid = int(record["tgid"][0])
+                user = user_frames(tgid, int(record["user_ip"][0]), int(record["user_fp"][0]))
+                stack = self._stacks.intern(tgid, kernel, np.array(user, np.uint64))
+            records.append(record)
+            stacks.append(stack)
+        if not records:
+            return 0
+        threads = np.concatenate(records)
+        self._write_threads(threads, stacks)
+        return int(np.isin(threads["place"], (Place.WAITING, Place.UNKNOWN)).sum())
+
+
+class Alive:
+    """Watches processes for their end, by pidfd."""
+
+    def __init__(self) -> None:
+        self._epoll = select.epoll()
+        self._tgids: dict[int, int] = {}
+        self._fds: set[int] = set()
+
+    def __contains__(self, tgid: int) -> bool:
+        return tgid in self._fds
+
+    def __len__(self) -> int:
+        return len(self._tgids)
+
+    def add(self, tgid: int) -> None:
+        """Watch a process; one that is gone already is not watched."""
+        with contextlib.suppress(OSError):
+            pidfd = os.pidfd_open(tgid)
+            self._tgids[pidfd] = tgid
+            self._fds.add(tgid)
+            self._epoll.register(pidfd, select.EPOLLIN)
+
+    def wait(self, seconds: float) -> list[int]:
+        """Sleep until a watched process ends, at most `seconds`; returns those that have."""
+        ended = []
+        for pidfd, _ in self._epoll.poll(seconds):
+            os.close(pidfd)
+            ended.append(self._tgids.pop(pidfd))
+            self._fds.discard(ended[-1])
+        return ended
+
+    def close(self) -> None:
+        """Watch no more."""
+        for pidfd in self._tgids:
+            os.close(pidfd)
+        self._tgids.clear()
+        self._epoll.close()
+
+
+def _command_line(tgid: int) -> str:
+    try:
+        raw = Path(f"/proc/{tgid}/cmdline").read_bytes()[:4096]
+    except OSError:
+        return ""
+    return raw.rstrip(b"\0").replace(b"\0", b" ").decode("utf-8", "backslashreplace")

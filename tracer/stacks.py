@@ -1,0 +1,200 @@
+"""Sampled stacks on their way from ring cells to the capture's `stacks` and `frames` tables.
+
+The cells of a stack are joined and each distinct stack gets its id at once, in the drain; names are
+looked up by a thread of their own, because opening and parsing a target's files takes time in
+which the ring would fill.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from .records import STACK, STACK_CELL_FRAMES, STACK_USER_FRAMES
+from .symbols import Frame, Symbolizer
+
+# Frames of the tracepoint and of our own program above the point where the thread stood.
+_KERNEL_ENTRY = ("__schedule", "try_to_wake_up", "wake_up_new_task")
+
+# First functions of a thread: a walk that ends in one of them is whole.
+_ROOTS = frozenset(
+    {
+        "_start",
+        "__libc_start_main",
+        "__libc_start_call_main",
+        "__libc_start_main_impl",
+        "clone",
+        "__clone",
+        "clone3",
+        "__clone3",
+        "start_thread",
+        "runtime.goexit",
+        "runtime.goexit.abi0",
+        "runtime.mstart",
+        "runtime.mstart.abi0",
+        "runtime.rt0_go",
+        "runtime.rt0_go.abi0",
+    }
+)
+
+_Key = tuple[int, int, bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class RawStack:
+    """A distinct stack: addresses leaf first, the kernel's before the user's."""
+
+    id: int
+    tgid: int
+    kernel: npt.NDArray[np.uint64]
+    user: npt.NDArray[np.uint64]
+
+
+class StackCells:
+    """Joins the cells of stacks as they arrive and gives each distinct stack an id."""
+
+    def __init__(self, on_new: Callable[[RawStack], None]) -> None:
+        self._on_new = on_new
+        self._ids: dict[_Key, int] = {}
+        self._waiting: npt.NDArray[np.void] = np.empty(0, STACK)
+        self._by_key: dict[int, int] = {}
+
+    def intern(
+        self, tgid: int, kernel: npt.NDArray[np.uint64], user: npt.NDArray[np.uint64]
+    ) -> int:
+        """The id of a stack, the same for equal stacks of one process."""
+        key = (tgid, len(kernel), kernel.tobytes() + user.tobytes())
+        found = self._ids.get(key)
+        if found is None:
+            found = self._ids[key] = len(self._ids)
+            self._on_new(RawStack(found, tgid, kernel.copy(), user.copy()))
+        return found
+
+    def add(self, cells: npt.NDArray[np.void]) -> None:
+        """Take cells, shape (n,) of dtype STACK, in ring order."""
+        cells = np.concatenate([self._waiting, cells])
+        order = np.lexsort((cells["part"], cells["key"]))
+        cells = cells[order]
+        keys, starts, counts = np.unique(cells["key"], return_index=True, return_counts=True)
+        depth = cells["kernel"][starts].astype(int) + cells["user"][starts]
+        whole = counts == np.maximum(1, -(-depth // STACK_CELL_FRAMES))
+        for index in np.flatnonzero(whole):
+            start, first = starts[index], cells[starts[index]]
+            frames = cells["frames"][start : start + counts[index]].ravel()
+            kernel = int(first["kernel"])
+            self._by_key[int(keys[index])] = self.intern(
+                int(first["tgid"]), frames[:kernel], frames[kernel : int(depth[index])]
+            )
+        self._waiting = cells[np.repeat(~whole, counts)]
+
+    def ids(self, keys: npt.NDArray[np.uint64]) -> npt.NDArray[np.int32]:
+        """Stack ids of keys; −1 for key 0 and for stacks that have not come. Each is given once."""
+        found = np.full(len(keys), -1, np.int32)
+        for index in np.flatnonzero(keys):
+            found[index] = self._by_key.pop(int(keys[index]), -1)
+        return found
+
+    def arrived(self, keys: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
+        """Which keys need no more waiting: those of 0, and those whose stack is here."""
+        here = keys == 0
+        for index in np.flatnonzero(~here):
+            here[index] = int(keys[index]) in self._by_key
+        return here
+
+    def forget(self) -> int:
+        """Drop what waits for cells that never came or rows that never came; returns how many."""
+        dropped = len(np.unique(self._waiting["key"])) + len(self._by_key)
+        self._waiting = np.empty(0, STACK)
+        self._by_key.clear()
+        return dropped
+
+
+@dataclass(slots=True)
+class NamedStacks:
+    """Rows for the tables `frames` and `stacks`, and how the stacks ended."""
+
+    frames: list[tuple[int, Frame]]
+    stacks: list[tuple[int, list[int], bool, int]]
+
+
+class Naming:
+    """Names the frames of new stacks on a thread of its own."""
+
+    def __init__(self) -> None:
+        self._symbolizer = Symbolizer()
+        self._todo: queue.SimpleQueue[RawStack | int | None] = queue.SimpleQueue()
+        self._done: queue.SimpleQueue[NamedStacks] = queue.SimpleQueue()
+        self._frame_ids: dict[Frame, int] = {}
+        self._thread = threading.Thread(target=self._run, name="latrace-names", daemon=True)
+        self._thread.start()
+
+    def add(self, stack: RawStack) -> None:
+        """Name a stack; its rows come out of `take` later."""
+        self._todo.put(stack)
+
+    def changed(self, tgid: int) -> None:
+        """The process has mapped something new, by exec at the latest."""
+        self._todo.put(tgid)
+
+    def take(self) -> NamedStacks:
+        """All rows that are ready."""
+        rows = NamedStacks([], [])
+        while not self._done.empty():
+            ready = self._done.get()
+            rows.frames += ready.frames
+            rows.stacks += ready.stacks
+        return rows
+
+    def finish(self, timeout_s: float) -> NamedStacks:
+        """Wait for what is under way, at most so long; returns the last rows."""
+        self._todo.put(None)
+        self._thread.join(timeout_s)
+        return self.take()
+
+    def stats(self) -> dict[str, int]:
+        """What the look-up refused or could not read, by reason."""
+        return dict(self._symbolizer.stats)
+
+    def _run(self) -> None:
+        known: set[int] = set()
+        try:
+            while (item := self._todo.get()) is not None:
+                if isinstance(item, int):
+                    if item in known:
+                        self._symbolizer.remember(item)
+                    continue
+                if item.tgid not in known and len(item.user):
+                    known.add(item.tgid)
+                    self._symbolizer.remember(item.tgid)
+                self._done.put(self._name(item))
+        finally:
+            self._symbolizer.close()
+
+    def _name(self, stack: RawStack) -> NamedStacks:
+        kernel = _from_entry(self._symbolizer.kernel(stack.kernel))
+        returns = np.arange(len(stack.user)) > 0
+        user = self._symbolizer.user(stack.tgid, stack.user, return_addresses=returns)
+        rows = NamedStacks([], [])
+        ids = []
+        for frame in kernel + user:
+            number = self._frame_ids.get(frame)
+            if number is None:
+                number = self._frame_ids[frame] = len(self._frame_ids)
+                rows.frames.append((number, frame))
+            ids.append(number)
+        whole = not user or (len(user) < STACK_USER_FRAMES and user[-1].symbol in _ROOTS)
+        rows.stacks.append((stack.id, ids, whole, len(kernel)))
+        return rows
+
+
+def _from_entry(frames: list[Frame]) -> list[Frame]:
+    """Kernel frames from the scheduler's entry on, without the tracing above it."""
+    for index, frame in enumerate(frames):
+        if frame.symbol in _KERNEL_ENTRY:
+            return frames[index:]
+    return frames
