@@ -1,0 +1,76 @@
+"""What every flame graph writer draws: weighted stacks and the facts of their capture."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Literal, NamedTuple, TypeAlias
+
+FrameKind: TypeAlias = Literal["process", "thread", "user", "jit", "kernel", "marker"]
+
+
+class Frame(NamedTuple):
+    """One frame of a stack; frames that are equal merge.
+
+    A tuple, because a big profile hashes and compares millions of them. The texts come from the
+    traced program and are hostile: writers escape them.
+    """
+
+    name: str
+    kind: FrameKind
+    module: str = ""
+
+
+NOT_SAMPLED = Frame("[not sampled]", "marker")
+"""Carries the exact time for which no stack was sampled; stands at the root."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Profile:
+    """Stacks, root first, each with its time in whole microseconds.
+
+    `facts` are (key, value) pairs about the capture for people to read; `warnings` are sentences
+    that must not be overlooked (loss, degradation).
+    """
+
+    title: str
+    stacks: Sequence[tuple[tuple[Frame, ...], int]]
+    unit: Literal["us"] = "us"
+    subtitle: str = ""
+    facts: Sequence[tuple[str, str]] = ()
+    warnings: Sequence[str] = ()
+
+    @property
+    def total_us(self) -> int:
+        """The width of the root."""
+        return sum(weight for _, weight in self.stacks)
+
+
+def whole_microseconds(weights_ns: Sequence[int], total_ns: int | None = None) -> list[int]:
+    """Round weights to microseconds so that they add up to `round(total_ns / 1000)` exactly.
+
+    Largest remainder: each weight is rounded down, and the microseconds missing from the sum go
+    to the weights that lost most (the earlier one of two that lost the same), so no weight moves
+    by as much as 1 µs. `total_ns` is their sum, and the default.
+    """
+    if total_ns is None:
+        total_ns = sum(weights_ns)
+    whole = [weight // 1000 for weight in weights_ns]
+    missing = round(Fraction(total_ns, 1000)) - sum(whole)
+    if not 0 <= missing <= len(whole):
+        raise ValueError(f"{total_ns} ns is not the sum of the weights")
+    by_loss = sorted(range(len(whole)), key=lambda i: -(weights_ns[i] % 1000))
+    for i in by_loss[:missing]:
+        whole[i] += 1
+    return whole
+
+
+def merged(
+    stacks: Iterable[tuple[tuple[Frame, ...], int]],
+) -> list[tuple[tuple[Frame, ...], int]]:
+    """Add up equal stacks and put them in drawing order: by name, `[not sampled]` last."""
+    sums: dict[tuple[Frame, ...], int] = {}
+    for stack, weight in stacks:
+        sums[stack] = sums.get(stack, 0) + weight
+    return sorted(sums.items(), key=lambda item: (item[0][:1] == (NOT_SAMPLED,), item[0]))

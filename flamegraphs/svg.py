@@ -1,0 +1,176 @@
+"""A flame graph as one self-contained SVG: a still picture that a script makes explorable.
+
+The picture stands alone: every text is cut to fit its frame and every frame has a <title>, so it
+reads the same with scripts off, in a mail or a terminal's image viewer. `flame.js` adds zoom,
+search and the keyboard; it takes names from the drawn text and treats them as text only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import cache
+from importlib import resources
+from typing import Final, get_args
+from xml.sax.saxutils import escape as xml_escape
+from zlib import crc32
+
+from latrace.flamegraphs.layout import Box, Layout, lay_out
+from latrace.flamegraphs.profile import FrameKind, Profile
+from latrace.flamegraphs.text import cells, fit, human_share, human_us, visible
+
+# flame.js lays out anew from these: it reads them off the picture, never from a copy.
+WIDTH: Final = 1200
+PAD: Final = 10
+ROW: Final = 17
+CELL: Final = 7.23  # the widest common monospaced font (DejaVu Sans Mono) at 12 px
+INSET: Final = 3
+
+MIN_PIXELS: Final = 0.1
+MAX_FRAMES: Final = 12_000  # about 3 MB; a browser lays that many out at once without a stutter
+NAME_LIMIT: Final = 400
+TINTS: Final = 3
+
+_PROSE: Final = 7.2  # px per character of the widest of the prose fonts at 12 px
+_TITLE: Final = 10.2  # the same at 17 px, bold
+_LABEL: Final = 6.6  # the mean, for the legend's short words
+_LINE: Final = 17
+_LEGEND: Final[dict[FrameKind, str]] = {
+    "process": "process",
+    "thread": "waker",
+    "user": "user",
+    "jit": "JIT",
+    "kernel": "kernel",
+    "marker": "marker",
+}
+
+
+def to_svg(profile: Profile, *, inverted: bool = False) -> str:
+    """Return the profile as an SVG document, root at the bottom (at the top if `inverted`).
+
+    A frame is as wide as its share of the time. Frames below 0.1 px, and the narrowest beyond
+    12,000, are not drawn: their number and time are said at the foot.
+    """
+    layout = lay_out(profile, min_share=MIN_PIXELS / (WIDTH - 2 * PAD), max_boxes=MAX_FRAMES)
+    head, top = _head(profile)
+    bottom = top + layout.rows * ROW
+    foot = _foot(layout, bottom + 10)
+    height = bottom + 46
+    title = _safe(profile.title)
+    facts = "; ".join(f"{key}: {value}" for key, value in profile.facts)
+    drawing = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" class="latrace-flame" width="{WIDTH}" '
+        f'height="{height}" viewBox="0 0 {WIDTH} {height}" role="graphics-document" '
+        f'aria-roledescription="flame graph" aria-label="{title}">',
+        f"<title>{title}</title>",
+        f"<desc>{_safe(profile.subtitle)} {_safe(facts)}</desc>",
+        f"<style>\n{_asset('flame.css')}</style>",
+        '<rect class="bg" width="100%" height="100%"/>',
+        *head,
+        f'<g class="frames" data-rows="{layout.rows}" data-row="{ROW}" '
+        f'data-pad="{PAD}" data-hidden="{layout.hidden_us}" data-inverted="{int(inverted)}">',
+        *_frames(layout, top=top, inverted=inverted),
+        "</g>",
+        *foot,
+        f"<script><![CDATA[\n{_asset('flame.js')}]]></script>",
+        "</svg>\n",
+    ]
+    return "\n".join(drawing)
+
+
+def _frames(layout: Layout, *, top: int, inverted: bool) -> Iterable[str]:
+    scale = (WIDTH - 2 * PAD) / max(1, layout.total_us)
+    for box in layout.boxes:
+        # Both edges are rounded, not the width: a rounded child stays inside its rounded parent.
+        left = round(PAD + box.start * scale, 2)
+        right = round(PAD + (box.start + box.value) * scale, 2) if layout.total_us else WIDTH - PAD
+        row = box.depth if inverted else layout.rows - 1 - box.depth
+        yield _frame(box, layout.total_us, left=left, width=right - left, y=top + row * ROW)
+
+
+def _frame(box: Box, total_us: int, *, left: float, width: float, y: int) -> str:
+    name = visible(box.frame.name, limit=NAME_LIMIT)
+    if box.depth == 0:
+        name += f" · {human_us(total_us)}"
+    # The same name has the same tint in every picture.
+    tint = crc32(name.encode()) % TINTS
+    thin = " thin" if width < 2 else ""
+    about = [f"{human_us(box.value)}, {human_share(box.value, total_us)}"]
+    if box.frame.module:
+        about.append(visible(box.frame.module, limit=NAME_LIMIT))
+    label = fit(name, int((width - 2 * INSET) / CELL))
+    text = f'<text x="{left + INSET:.2f}" y="{y + 12}">{xml_escape(label)}</text>' if label else ""
+    return (
+        f'<g class="{box.frame.kind} t{tint}{thin}" data-t="{box.start} {box.value} {box.depth}">'
+        f"<title>{xml_escape(name)}\n{xml_escape(' · '.join(about))}</title>"
+        f'<rect x="{left:.2f}" y="{y}" width="{width:.2f}" height="{ROW - 1}" rx="1.5"/>{text}</g>'
+    )
+
+
+def _head(profile: Profile) -> tuple[list[str], int]:
+    """Return title, facts and warnings, and the y below them."""
+    out = [f'<text class="h1" x="{PAD}" y="27">{_line(profile.title, 640, _TITLE)}</text>']
+    y = 33
+    if profile.subtitle:
+        y += _LINE
+        out.append(f'<text class="h2" x="{PAD}" y="{y}">{_line(profile.subtitle, 1180)}</text>')
+    for row in _wrapped(profile.facts):
+        y += _LINE
+        spans = '<tspan class="key"> · </tspan>'.join(
+            f'<tspan class="key">{_safe(key)}</tspan> {_safe(value)}' for key, value in row
+        )
+        out.append(f'<text class="facts" x="{PAD}" y="{y}">{spans}</text>')
+    for warning in profile.warnings:
+        y += _LINE
+        out.append(f'<text class="warn" x="{PAD}" y="{y}">{_line("!!! " + warning, 1180)}</text>')
+    return out, y + 14
+
+
+def _wrapped(facts: Sequence[tuple[str, str]]) -> list[list[tuple[str, str]]]:
+    """Break the facts into lines that fit the picture."""
+    columns = int((WIDTH - 2 * PAD) / _PROSE)
+    lines: list[list[tuple[str, str]]] = []
+    used = columns
+    for key, value in facts:
+        shown = (fit(visible(key), 30), fit(visible(value, limit=NAME_LIMIT), columns - 40))
+        needed = cells(shown[0]) + cells(shown[1]) + 4
+        if used + needed > columns:
+            lines.append([])
+            used = 0
+        lines[-1].append(shown)
+        used += needed
+    return lines
+
+
+def _foot(layout: Layout, y: int) -> list[str]:
+    kinds = {box.frame.kind for box in layout.boxes}
+    x = float(PAD)
+    out = ['<g class="legend">']
+    for kind in get_args(FrameKind):
+        if kind in kinds:
+            label = _LEGEND[kind]
+            out.append(
+                f'<g class="{kind}"><rect x="{x:.1f}" y="{y}" width="11" height="11" rx="2"/>'
+            )
+            out.append(f'<text x="{x + 16:.1f}" y="{y + 10}">{label}</text></g>')
+            x += 16 + len(label) * _LABEL + 16
+    note = "left to right is by name, not by time"
+    if layout.hidden:
+        note += (
+            f" · {layout.hidden:,} frames are too narrow to draw: "
+            f"stacks worth {human_us(layout.hidden_us)} end in them"
+        )
+    out.append(f'<text x="{x:.1f}" y="{y + 10}">{note}</text></g>')
+    return out
+
+
+def _line(text: str, pixels: float, per_character: float = _PROSE) -> str:
+    return xml_escape(fit(visible(text, limit=NAME_LIMIT), int(pixels / per_character)))
+
+
+def _safe(text: str) -> str:
+    return xml_escape(visible(text, limit=NAME_LIMIT), {'"': "&quot;"})
+
+
+@cache
+def _asset(name: str) -> str:
+    return resources.files("latrace.flamegraphs").joinpath(name).read_text(encoding="utf-8")

@@ -1,0 +1,358 @@
+"""Profiles from captures: whose time, in which order of frames, and exact to the microsecond."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from flame_samples import MemoryCapture
+from hypothesis import given
+from hypothesis import strategies as st
+
+from latrace.analysis import schema
+from latrace.analysis.capture import open_capture
+from latrace.flamegraphs import KINDS, Frame, Kind, Profile, build_profile
+from latrace.flamegraphs.folded import to_folded
+from latrace.flamegraphs.profile import whole_microseconds
+
+FRAMES = [
+    {"id": 1, "symbol": "schedule", "module": "[kernel]", "offset": 1, "space": "kernel"},
+    {"id": 2, "symbol": "do_syscall_64", "module": "[kernel]", "offset": 1, "space": "kernel"},
+    {"id": 3, "symbol": "read", "module": "/lib/libc.so.6", "offset": 1, "space": "user"},
+    {"id": 4, "symbol": "main", "module": "/bin/app", "offset": 1, "space": "user"},
+    {"id": 5, "symbol": None, "module": "/bin/app", "offset": 0x1234, "space": "user"},
+    {"id": 6, "symbol": None, "module": None, "offset": None, "space": "user"},
+    {"id": 7, "symbol": "~render", "module": "/app/perf-1.map", "offset": 0, "space": "jit"},
+    {"id": 8, "symbol": "wake_up_q", "module": "[kernel]", "offset": 0, "space": "kernel"},
+]
+STACKS = [
+    {"id": 10, "frames": [1, 2, 3, 4], "whole": True, "kernel_frames": 2},
+    {"id": 11, "frames": [1, 2, 7], "whole": False, "kernel_frames": 2},
+    {"id": 12, "frames": [1], "whole": True, "kernel_frames": 1},
+    {"id": 13, "frames": [5, 6], "whole": True, "kernel_frames": 0},
+    {"id": 14, "frames": [1, 99, 98], "whole": True, "kernel_frames": 2},
+    {"id": 15, "frames": [], "whole": True, "kernel_frames": 0},
+    {"id": 16, "frames": [8, 2, 3, 4], "whole": True, "kernel_frames": 2},
+    {"id": 17, "frames": [1, 2, 3], "whole": True, "kernel_frames": None},
+]
+THREADS = [
+    {"tid": 101, "tgid": 100, "comm": "worker"},
+    {"tid": 100, "tgid": 100, "comm": "app"},
+    {"tid": 201, "tgid": 200, "comm": "orphan"},
+]
+
+
+def capture(waits: list[dict[str, Any]] | pa.Table, **more: Any) -> MemoryCapture:
+    if isinstance(waits, pa.Table):
+        return MemoryCapture(
+            **({"stacks": STACKS, "frames": FRAMES, "threads": THREADS, "waits": waits} | more)
+        )
+    rows = [{"tgid": 100, "stack": -1, "waker_stack": -1} | row for row in waits]
+    totals = more.pop("totals", None)
+    if totals is None:
+        columns = {"wait_ns": "weight_ns", "blocked_ns": "blocked_weight_ns"}
+        totals = [
+            {"tgid": 100, "waits": len(rows)}
+            | {name: sum(row.get(weight) or 0 for row in rows) for name, weight in columns.items()}
+        ]
+    tables = {
+        "stacks": STACKS,
+        "frames": FRAMES,
+        "threads": THREADS,
+        "totals": totals,
+        "waits": rows,
+    }
+    return MemoryCapture(**(tables | more))
+
+
+def folded(profile: Profile) -> list[str]:
+    return to_folded(profile).splitlines()
+
+
+@pytest.mark.parametrize(
+    ("stack", "line"),
+    [
+        (10, "app;main;read;-;do_syscall_64;schedule"),
+        (11, "app;[truncated];~render;-;do_syscall_64;schedule"),
+        (12, "app;[no user stack];-;schedule"),
+        (13, "app;[unknown];app+0x1234"),
+        (14, "app;[unknown];-;[unknown];schedule"),
+        (15, "app;[stack lost]"),
+        (17, "app;read;-;do_syscall_64;schedule"),
+        (77, "app;[stack lost]"),
+        (-1, "app;[stack lost]"),
+        (None, "app;[stack lost]"),
+    ],
+)
+def test_where_the_thread_left_the_cpu(stack: int | None, line: str) -> None:
+    made = capture([{"stack": stack, "weight_ns": 5_000, "blocked_weight_ns": 7_000}])
+    assert folded(build_profile(made, kind="wait")) == [f"{line} 5"]
+    comm, _, rest = line.partition(";")
+    assert folded(build_profile(made, kind="offcpu")) == [
+        f"{comm};[blocked];{rest} 7",
+        f"{comm};[waiting];{rest} 5",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("row", "line"),
+    [
+        ({"waker_stack": 16}, "app;--;wake_up_q;do_syscall_64;-;read;main;bash"),
+        ({"waker_stack": 11}, "app;--;schedule;do_syscall_64;-;~render;[truncated];bash"),
+        ({"waker_stack": 12}, "app;--;schedule;-;[no user stack];bash"),
+        ({"waker_stack": 13}, "app;--;app+0x1234;[unknown];bash"),
+        ({"waker_stack": -1}, "app;--;[stack lost];bash"),
+        ({"waker_stack": None, "waker": None}, "app;--;[stack lost];[unknown]"),
+        ({"waker_stack": 16, "waker_ctx": "hardirq"}, "app;--;wake_up_q;do_syscall_64;[hardirq]"),
+        ({"waker_stack": -1, "waker_ctx": "softirq"}, "app;--;[stack lost];[softirq]"),
+    ],
+)
+def test_who_ended_the_blocked_time(row: dict[str, Any], line: str) -> None:
+    """The victim's own stack plays no part; an interrupted thread is not named."""
+    base = {"stack": 10, "blocked_weight_ns": 3_000, "waker": "bash", "waker_ctx": "task"}
+    assert folded(build_profile(capture([base | row]), kind="waker")) == [f"{line} 3"]
+
+
+def test_kinds_and_modules_of_frames() -> None:
+    made = capture([{"stack": 11, "weight_ns": 1_000}])
+    ((stack, _),) = build_profile(made, kind="wait").stacks
+    assert stack == (
+        Frame("app", "process"),
+        Frame("[truncated]", "marker"),
+        Frame("~render", "jit", "/app/perf-1.map"),
+        Frame("-", "marker"),
+        Frame("do_syscall_64", "kernel", "[kernel]"),
+        Frame("schedule", "kernel", "[kernel]"),
+    )
+
+
+def test_processes_are_named_by_their_first_thread_or_any_or_their_pid() -> None:
+    rows = [{"tgid": tgid, "stack": 12, "weight_ns": 1_000} for tgid in (100, 200, 300)]
+    lines = folded(build_profile(capture(rows), kind="wait"))
+    assert [line.split(";")[0] for line in lines] == ["[pid 300]", "app", "orphan"]
+
+
+def test_rows_without_weight_have_no_stack_to_show() -> None:
+    rows = [{"stack": 10, "weight_ns": weight} for weight in (0, None, 9_000)]
+    assert folded(build_profile(capture(rows), kind="wait"))[0].endswith(" 9")
+
+
+def test_the_share_without_a_stack_is_visible_at_the_root() -> None:
+    totals = [
+        {"tgid": 100, "waits": 5, "wait_ns": 7_000_000, "blocked_ns": 20_000_000},
+        {"tgid": 200, "waits": 5, "wait_ns": 1_000_000, "blocked_ns": None},
+    ]
+    made = capture(
+        [{"stack": 12, "weight_ns": 2_000_000, "blocked_weight_ns": 500_000}], totals=totals
+    )
+    for kind, total, rest in (
+        ("wait", 8_000, 6_000), ("offcpu", 28_000, 25_500), ("waker", 20_000, 19_500),
+    ):  # fmt: skip
+        profile = build_profile(made, kind=kind)  # type: ignore[arg-type]
+        assert profile.total_us == total
+        assert f"[not sampled] {rest}" in folded(profile)
+        assert not profile.warnings
+    assert dict(build_profile(made, kind="wait").facts)["sampled"] == "25.00 %"
+
+
+def test_samples_beyond_the_counters_are_kept_and_said() -> None:
+    made = capture([{"stack": 12, "weight_ns": 2_000_000}], totals=[])
+    profile = build_profile(made, kind="wait")
+    assert profile.total_us == 2_000
+    assert any("the root is the sampled time, 2.00 ms" in warning for warning in profile.warnings)
+
+
+def test_a_capture_of_nothing() -> None:
+    made = MemoryCapture()
+    for kind in KINDS:
+        profile = build_profile(made, kind=kind)
+        assert (profile.total_us, list(profile.stacks)) == (0, [])
+        assert dict(profile.facts)["sampled"] == "0 %"
+
+
+def test_an_unknown_kind_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(ValueError, match="wait, offcpu, waker"):
+        build_profile(MemoryCapture(), kind="wall")  # type: ignore[arg-type]
+
+
+rows = st.fixed_dictionaries(
+    {
+        "tgid": st.sampled_from([100, 200, 300]),
+        "stack": st.sampled_from([-1, 10, 11, 12, 13, 77]),
+        "waker_stack": st.sampled_from([-1, 11, 16]),
+        "waker": st.sampled_from(["bash", "swapper/0", None]),
+        "waker_ctx": st.sampled_from(["task", "hardirq", "softirq", None]),
+        "weight_ns": st.one_of(st.none(), st.integers(0, 5_000), st.integers(0, 10**15)),
+        "blocked_weight_ns": st.one_of(st.none(), st.integers(0, 5_000), st.integers(0, 10**15)),
+    }
+)
+
+
+@given(st.lists(rows, max_size=40), st.integers(0, 10**12), st.sampled_from(KINDS))
+def test_the_root_is_the_exact_total_and_no_stack_is_off_by_a_microsecond(
+    waits: list[dict[str, Any]], missing_ns: int, kind: Kind
+) -> None:
+    columns = {"wait": ["weight_ns"], "offcpu": ["weight_ns", "blocked_weight_ns"]}.get(
+        kind, ["blocked_weight_ns"]
+    )
+    sampled_ns = sum(row[column] or 0 for row in waits for column in columns)
+    total_ns = sampled_ns + missing_ns
+    half = total_ns // 2 if kind == "offcpu" else 0
+    totals = {
+        "wait": {"wait_ns": total_ns},
+        "waker": {"blocked_ns": total_ns},
+        "offcpu": {"wait_ns": half, "blocked_ns": total_ns - half},
+    }[kind]
+    profile = build_profile(capture(waits, totals=[{"tgid": 100} | totals]), kind=kind)
+    assert profile.total_us == round(Fraction(total_ns, 1000))
+    not_sampled = dict(profile.stacks).get((Frame("[not sampled]", "marker"),), 0)
+    assert abs(not_sampled * 1000 - missing_ns) < 1000
+    assert all(weight > 0 for _, weight in profile.stacks)
+    assert len({stack for stack, _ in profile.stacks}) == len(profile.stacks)
+
+
+@given(st.lists(st.integers(0, 10**13), max_size=60))
+def test_largest_remainder(weights: list[int]) -> None:
+    whole = whole_microseconds(weights)
+    exact, rest = divmod(sum(weights), 1000)
+    assert sum(whole) == exact + (rest > 500 or (rest == 500 and exact % 2))
+    assert all(abs(us * 1000 - ns) < 1000 for us, ns in zip(whole, weights, strict=True))
+    up = [ns % 1000 for us, ns in zip(whole, weights, strict=True) if us > ns // 1000]
+    down = [ns % 1000 for us, ns in zip(whole, weights, strict=True) if us == ns // 1000]
+    assert not up or not down or min(up) >= max(down)
+
+
+def test_many_small_stacks_do_not_vanish_from_the_sum() -> None:
+    assert sum(whole_microseconds([400] * 1000)) == 400
+    assert whole_microseconds([400, 400, 400]) == [1, 0, 0]
+    assert whole_microseconds([]) == []
+    with pytest.raises(ValueError, match="not the sum"):
+        whole_microseconds([1000], 5_000)
+
+
+def test_chunks_with_different_dictionaries_are_one_column() -> None:
+    def chunk(comm: str) -> pa.Table:
+        row = {"tgid": 100, "waker_stack": 16, "waker": comm, "blocked_weight_ns": 1_000}
+        return MemoryCapture(waits=[row]).table("waits")
+
+    waits = pa.concat_tables([chunk("a"), chunk("b"), chunk("a")])
+    assert waits["waker"].num_chunks == 3
+    profile = build_profile(capture(waits), kind="waker")
+    assert [line.rpartition(";")[2] for line in folded(profile)] == ["a 2", "b 1"]
+
+
+def test_a_million_rows_add_up_exactly_beyond_what_a_float_holds() -> None:
+    count = 1_000_000
+    weight = 2**53 // 1000 + 1
+    template = MemoryCapture().table("waits")
+    columns: dict[str, Any] = {
+        "tgid": np.full(count, 100, np.int32),
+        "stack": np.arange(count, dtype=np.int32) % 5 + 10,
+        "weight_ns": np.full(count, weight, np.uint64),
+    }
+    waits = pa.table(
+        {
+            field.name: pa.array(columns[field.name])
+            if field.name in columns
+            else pa.nulls(count, field.type)
+            for field in template.schema
+        }
+    )
+    totals = [{"tgid": 100, "waits": count, "wait_ns": count * weight}]
+    profile = build_profile(capture(waits, totals=totals), kind="wait")
+    assert profile.total_us == round(count * weight / 1000)
+    assert len(profile.stacks) == 5
+    assert not profile.warnings
+
+
+MANIFEST = {
+    "host": "box",
+    "kernel": "6.1.0",
+    "cpus": 4,
+    "started_realtime_ns": 1_755_691_201 * 10**9,
+    "start_ns": 5_000_000_000,
+    "end_ns": 15_000_000_000,
+    "targets": [{"comm": name, "tgid": i} for i, name in enumerate("abcde")],
+    "quality": {
+        "lost_events": 1204,
+        "lost_stacks": 0,
+        "kernel_run_delay_ns": 1000,
+        "traced_run_delay_ns": 998,
+        "degraded": [
+            {"at_ns": 1, "what": "rows from 50 µs", "why": "rate above budget"},
+            {"at_ns": 2, "what": "no stacks", "why": "rate above budget"},
+        ],
+    },
+}
+
+
+def test_facts_of_the_capture() -> None:
+    made = capture([{"stack": 12, "weight_ns": 2_000_000}], manifest=MANIFEST)
+    profile = build_profile(made, kind="wait")
+    assert profile.title == "Waiting to run · a (0), b (1), c (2), 2 more"
+    assert profile.facts == [
+        ("kind", "wait"),
+        ("host", "box"),
+        ("kernel", "6.1.0"),
+        ("CPUs", "4"),
+        ("recorded", "2025-08-20 12:00:01 UTC"),
+        ("for", "10.0 s"),
+        ("waits", "1 for 2.00 ms"),
+        ("sampled", "100 %"),
+        ("coverage", "99.80 % of the kernel's books"),
+        ("lost", "1,204 events, 0 stacks"),
+    ]
+    assert profile.warnings == [
+        "1,204 events were lost: totals hold, some stacks are missing",
+        "degraded: rows from 50 µs, rate above budget (and 1 more)",
+    ]
+    facts = dict(build_profile(made, kind="offcpu").facts)
+    assert (facts["kind"], facts["blocked"]) == ("offcpu", "0 µs")
+
+
+def test_an_unfinished_capture_says_so() -> None:
+    made = MemoryCapture({"complete": False}, truncated=["waits"])
+    assert build_profile(made, kind="wait").warnings == [
+        "the capture was not closed: it ends with its last flush",
+        "the last rows are cut off: waits",
+    ]
+
+
+def test_a_capture_on_disk_gives_the_same_profile(tmp_path: Path) -> None:
+    waits = [
+        {"stack": 10, "weight_ns": 5_000, "blocked_weight_ns": 7_000, "waker_stack": 16}
+        | {"waker": "bash", "waker_ctx": "task"},
+        {"stack": 11, "weight_ns": 1_000},
+    ]
+    made = capture(waits, manifest=MANIFEST)
+    (tmp_path / schema.MANIFEST).write_text(
+        json.dumps({"schema": schema.SCHEMA_VERSION, **made.manifest})
+    )
+    for name in schema.TABLES:
+        table = made.table(name)
+        if name in schema.SNAPSHOTS:
+            at = table.schema.get_field_index("snapshot")
+            numbers = pa.array([1] * table.num_rows, pa.uint32())
+            table = table.set_column(at, table.schema.field(at), numbers)
+        path = tmp_path / f"{name}{schema.SUFFIX}"
+        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as stream:
+            stream.write_table(table)
+    on_disk = open_capture(tmp_path)
+    for kind in KINDS:
+        assert build_profile(on_disk, kind=kind) == build_profile(made, kind=kind)
+
+
+def test_no_bcc_no_tracer_is_imported() -> None:
+    code = (
+        "import sys; import latrace.flamegraphs; "
+        "print([m for m in sys.modules if m == 'bcc' or m.startswith('latrace.tracer')])"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
