@@ -19,9 +19,10 @@ from typing import Any, BinaryIO
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from pyarrow import ipc
+
 from latrace.analysis.errors import CaptureError
 from latrace.analysis.schema import MANIFEST, SCHEMA_VERSION, SNAPSHOTS, SUFFIX, TABLES
-from pyarrow import ipc
 
 DEFAULT_PATH = Path("latrace.data")
 
@@ -54,12 +55,7 @@ class Capture:
     @cached_property
     def truncated(self) -> list[str]:
         """The tables whose stream ends in the middle, or too early: their last rows are lost."""
-        extents = {name: self._extent(name) for name in TABLES}
-        return [
-            name
-            for name, extent in extents.items()
-            if extent is not None and (extent.cut or (self.complete and not extent.ended))
-        ]
+        return [name for name in TABLES if self._lacks(name)]
 
     @cached_property
     def waits(self) -> pa.Table:
@@ -117,6 +113,17 @@ class Capture:
         present = {name: numbers for name, numbers in present.items() if numbers}
         shared = set.intersection(*present.values()) if present else set()
         return {name: max(shared or numbers) for name, numbers in present.items()}
+
+    def _lacks(self, name: str) -> bool:
+        """Tell whether rows of a table that was written are not there."""
+        extent = self._extent(name)
+        batches = self.manifest.get("batches")
+        written = batches.get(name, 0) if isinstance(batches, dict) else 0
+        if extent is None:
+            return bool(written)
+        if isinstance(written, int) and extent.batches < written:
+            return True
+        return extent.cut or (self.complete and not extent.ended)
 
     def _extent(self, name: str) -> _Extent | None:
         """Tell how much of a stream can be read; None: there is no such file."""

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+
 from latrace.analysis import histogram
 from latrace.analysis.capture import Capture
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+
 from latrace.analysis import histogram
 from latrace.analysis.capture import Capture
 from latrace.analysis.rows import Rows, StackSum, Sum, scan
@@ -26,8 +27,8 @@ def summarise(capture: Capture, *, top: int = 10) -> dict[str, Any]:
     """Sum up a capture: the machine interface, schema 1, durations in ns.
 
     Besides the contract's keys: `waits.by_kind`, `waits.blocked`, `processes`, `threads`,
-    `wakers`, `syscalls` and `stacks`, at most `top` entries each, the greatest first. Everything
-    in it can be written as JSON.
+    `waiting_at_end`, `wakers`, `syscalls` and `stacks`, at most `top` entries each, the greatest
+    first. Everything in it can be written as JSON.
 
     Raises CaptureError for a damaged file.
     """
@@ -59,6 +60,7 @@ def summarise(capture: Capture, *, top: int = 10) -> dict[str, Any]:
             for tgid, entry in sorted(processes.items(), key=lambda item: -item[1].sum.wait_ns)
         ][:top],
         "threads": threads[:top],
+        "waiting_at_end": _waiting_at_end(threads)[:top],
         "wakers": _wakers(rows)[:top],
         "syscalls": _syscalls(rows)[:top],
         "stacks": _stacks(capture, rows, top=top),
@@ -175,6 +177,12 @@ def _threads(capture: Capture, rows: Rows) -> list[dict[str, Any]]:
                 "open_ns": 0,
             }
     return sorted(listed.values(), key=lambda thread: (-thread["wait_ns"], thread["tid"]))
+
+
+def _waiting_at_end(threads: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """List the threads that were runnable and had not run yet, the longest waiting first."""
+    waiting = [thread for thread in threads if thread["open"] == "waiting"]
+    return sorted(waiting, key=lambda thread: (-thread["open_ns"], thread["tid"]))
 
 
 def _wakers(rows: Rows) -> list[dict[str, Any]]:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
+
 from latrace.tracer.errors import LatraceError
 from latrace.tracer.outputs import OutputDir, write_error
 
@@ -162,6 +163,9 @@ class CaptureWriter:
     def close(self, *, complete: bool) -> None:
         """Write the rest, mark the capture complete (or not) and let its directory go.
 
+        The manifest then says how many record batches each table has, so that a reader misses
+        a table that went astray.
+
         Safe to call again. Raises LatraceError, unless an earlier call already did.
         """
         if self._closed:
@@ -171,7 +175,8 @@ class CaptureWriter:
             self.flush()
             for table in self._tables.values():
                 self._write(table, table.finish)
-            self.update_manifest({"complete": complete})
+            batches = {name: table.batches for name, table in self._tables.items()}
+            self.update_manifest({"complete": complete, "batches": batches})
         finally:
             for table in self._tables.values():
                 table.close()
@@ -211,6 +216,7 @@ class _Table:
         self.name = name
         self.file: BinaryIO | None = None
         self.pending_rows = 0
+        self.batches = 0
         self._pending: list[pa.RecordBatch] = []
         self._schema = pa.schema([field for field in contract if field.name in have])
         self._sink = _Sink()
@@ -241,6 +247,7 @@ class _Table:
             if len(pending) > 1:
                 (batch,) = pa.Table.from_batches(pending).combine_chunks().to_batches()
             self._stream.write_batch(batch)
+            self.batches += 1
         return self._sink.take()
 
     def finish(self) -> bytes:

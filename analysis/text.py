@@ -1,0 +1,423 @@
+"""The report in words, for a terminal: the answer first, then what it is made of.
+
+A pure function from a summary (`latrace.analysis.summary`) to text.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from latrace.analysis.words import cells, duration, fit, pad, plural, share, size, visible
+
+Summary = Mapping[str, Any]
+
+_LISTED = 5
+_LISTED_STACKS = 3
+_LISTED_WARNINGS = 8
+_NUMBER = 11  # columns of a number, the gap before it included
+_LABEL = 13
+_AGREES = 0.005  # the books are kept by other instructions than ours: as near as they can agree
+
+_BOLD, _DIM, _ALARM, _RESET = "\x1b[1m", "\x1b[2m", "\x1b[1;31m", "\x1b[0m"
+_KINDS = {"wakeup": "after a wake-up", "preempted": "preempted", "new": "newly started"}
+_CONTEXTS = {"hardirq": "a hardware interrupt", "softirq": "a soft interrupt"}
+
+
+def render_text(summary: Summary, *, width: int = 80, colour: bool = False) -> str:
+    """Write the report; no line is wider than `width` columns (at least 60). Ends in a newline."""
+    page = _Page(max(width, 60), colour=colour)
+    _unfinished(page, summary)
+    page.line(_headline(summary, page.width), style=_BOLD)
+    for warning in _warnings(summary):
+        page.warn(warning)
+    if summary["waits"]["count"]:
+        _distribution(page, summary)
+        _processes(page, summary)
+    _threads(page, summary)
+    _wakers(page, summary)
+    _syscalls(page, summary)
+    _stacks(page, summary)
+    _quality(page, summary)
+    return page.text()
+
+
+class _Page:
+    """Lines of one width."""
+
+    def __init__(self, width: int, *, colour: bool) -> None:
+        self.width = width
+        self._colour = colour
+        self._lines: list[str] = []
+
+    def line(self, text: str = "", *, style: str = "") -> None:
+        text = fit(text, self.width).rstrip()
+        self._lines.append(f"{style}{text}{_RESET}" if style and self._colour else text)
+
+    def prose(self, text: str, *, label: str = "", indent: str = "  ", style: str = "") -> None:
+        """Break a sentence into lines; those after the first hang below its first word."""
+        first = indent + (pad(label, _LABEL) if label else "")
+        wrapper = textwrap.TextWrapper(
+            width=self.width,
+            initial_indent=first,
+            subsequent_indent=" " * cells(first),
+            break_on_hyphens=False,
+        )
+        for piece in wrapper.wrap(text):
+            self.line(piece, style=style)
+
+    def warn(self, text: str) -> None:
+        self.prose(text, indent="!!! ", style=_ALARM)
+
+    def table(
+        self, title: str, heads: Sequence[str], rows: Iterable[tuple[str, list[str]]]
+    ) -> None:
+        """Write a table: names at the left, numbers at the right."""
+        room = self.width - _NUMBER * len(heads)
+        self.line()
+        self.line(pad(title, room) + "".join(head.rjust(_NUMBER) for head in heads), style=_BOLD)
+        for name, numbers in rows:
+            self.line(pad("  " + name, room) + "".join(number.rjust(_NUMBER) for number in numbers))
+
+    def more(self, total: int, shown: int) -> None:
+        if total > shown:
+            self.line(f"  and {total - shown:,} more", style=_DIM)
+
+    def text(self) -> str:
+        return "\n".join(self._lines) + "\n"
+
+
+# --- the answer --------------------------------------------------------------------------------
+
+
+def _unfinished(page: _Page, summary: Summary) -> None:
+    capture = summary["capture"]
+    if not capture["complete"]:
+        page.warn(
+            "This capture was not closed: it is still being written, or latrace was killed. "
+            "Its last moments are missing."
+        )
+    elif capture["truncated"]:
+        page.warn(f"This capture is cut off: rows are missing in {', '.join(capture['truncated'])}")
+    if summary["quality"]["totals_from_rows"]:
+        rows = plural(summary["quality"]["rows"], "recorded wait")
+        page.warn(
+            f"The exact counters were not written. The numbers below are summed from {rows}, "
+            "and are too low if any was left out."
+        )
+
+
+def _headline(summary: Summary, width: int) -> str:
+    waits, seconds = summary["waits"], duration(summary["capture"]["duration_s"] * 1e9)
+    if not waits["count"]:
+        return f"{_target(summary['capture']['targets'], width)}: no wait to run in {seconds}"
+    said = f": {plural(waits['count'], 'wait')} in {seconds}; P99 {duration(waits['p99_ns'])}"
+    target = _target(summary["capture"]["targets"], width - cells(said))
+    explained = " (wait to run)"
+    return target + said + (explained if cells(target + said + explained) <= width else "")
+
+
+def _target(targets: Sequence[Mapping[str, Any]], width: int) -> str:
+    if not targets:
+        return "no process"
+    first = targets[0]
+    text = f"{_comm(first.get('comm')) or 'process'} (pid {first.get('tgid', '?')})"
+    more = f" and {len(targets) - 1:,} more" if len(targets) > 1 else ""
+    return fit(text, width - cells(more)) + more
+
+
+def _warnings(summary: Summary) -> Iterator[str]:
+    quality = summary["quality"]
+    if quality["lost_events"]:
+        text = (
+            f"The details of {plural(quality['lost_events'], 'wait')} were lost: the ring was full."
+        )
+        if not quality["totals_from_rows"]:
+            text += (
+                " Counts and percentiles are exact all the same; the lists of wakers, calls and "
+                "stacks lack them."
+            )
+        yield text
+    if quality["lost_stacks"]:
+        yield f"{plural(quality['lost_stacks'], 'stack')} could not be kept."
+    degraded = quality["degraded"]
+    for entry in degraded[:_LISTED_WARNINGS]:
+        yield _degradation(entry, summary["capture"]["start_ns"])
+    if len(degraded) > _LISTED_WARNINGS:
+        yield f"and {len(degraded) - _LISTED_WARNINGS:,} more changes like these"
+    coverage = quality["coverage"]
+    if coverage is not None and abs(coverage - 1) > _AGREES:
+        seen, kernel = (duration(quality[f"{who}_run_delay_ns"]) for who in ("traced", "kernel"))
+        yield (
+            f"The kernel's own books have {kernel} of waiting, latrace saw {seen} of it "
+            f"({100 * coverage:.1f} %): do not trust totals further than that."
+        )
+
+
+def _degradation(entry: Mapping[str, Any], start_ns: int) -> str:
+    at, why = entry.get("at_ns"), visible(str(entry.get("why", "")))
+    since = f"From {duration(at - start_ns)} on: " if isinstance(at, int) and at > start_ns else ""
+    return f"{since}{visible(str(entry.get('what', '')))}{f' ({why})' if why else ''}"
+
+
+# --- what it is made of ------------------------------------------------------------------------
+
+
+def _distribution(page: _Page, summary: Summary) -> None:
+    waits = summary["waits"]
+    page.line()
+    columns = {
+        "p50": waits["p50_ns"],
+        "p90": waits["p90_ns"],
+        "p99": waits["p99_ns"],
+        "p99.9": waits["p999_ns"],
+        "max": waits["max_ns"],
+        "total": waits["total_ns"],
+    }
+    room = (page.width - _LABEL) // len(columns)
+    page.line(
+        pad("Wait to run", _LABEL) + "".join(name.rjust(room) for name in columns), style=_BOLD
+    )
+    page.line(" " * _LABEL + "".join(duration(value).rjust(room) for value in columns.values()))
+    page.prose(_tail(waits), label="slowest 1 %")
+    kinds = sorted(waits["by_kind"].items(), key=lambda item: -item[1]["count"])
+    counted = [
+        f"{share(kind['count'], waits['count'])} {_KINDS.get(name, visible(name))}"
+        for name, kind in kinds
+        if kind["count"]
+    ]
+    if counted:
+        page.prose(", ".join(counted), label="kinds")
+    blocked = waits["blocked"]
+    if blocked["count"]:
+        page.prose(
+            f"{plural(blocked['count'], 'time')}, {duration(blocked['total_ns'])} in all",
+            label="blocked",
+        )
+
+
+def _tail(waits: Mapping[str, Any]) -> str:
+    tail = waits["tail"]
+    if not tail["count"]:
+        return f"no wait was longer than {duration(tail['over_ns'])}"
+    text = f"{plural(tail['count'], 'wait')} over {duration(tail['over_ns'])}"
+    if not tail["rows"]:
+        return text
+    least = "" if tail["rows"] >= tail["count"] else "at least "
+    return (
+        f"{text}: {least}{duration(tail['total_ns'])}, "
+        f"{share(tail['total_ns'], waits['total_ns'])} of all waiting"
+    )
+
+
+def _processes(page: _Page, summary: Summary) -> None:
+    processes = summary["processes"]
+    if len(processes) < 2:
+        return
+    page.table(
+        "Processes that waited most",
+        ("waits", "waited", "longest", "blocked"),
+        (
+            (
+                _who(process["tgid"], process["comm"]),
+                [
+                    f"{process['waits']:,}",
+                    duration(process["wait_ns"]),
+                    duration(process["max_ns"]),
+                    duration(process["blocked_ns"]),
+                ],
+            )
+            for process in processes[:_LISTED]
+        ),
+    )
+
+
+def _threads(page: _Page, summary: Summary) -> None:
+    threads = [thread for thread in summary["threads"] if thread["waits"]]
+    if threads:
+        page.table(
+            "Threads that waited most",
+            ("waits", "waited", "longest", "blocked"),
+            (
+                (
+                    _who(thread["tid"], thread["comm"]),
+                    [
+                        f"{thread['waits']:,}",
+                        duration(thread["wait_ns"]),
+                        duration(thread["max_ns"]),
+                        duration(thread["blocked_ns"]),
+                    ],
+                )
+                for thread in threads[:_LISTED]
+            ),
+        )
+        page.more(summary["quality"]["threads"], min(_LISTED, len(threads)))
+    for thread in summary["waiting_at_end"][:_LISTED_STACKS]:
+        page.prose(
+            f"{_who(thread['tid'], thread['comm']).strip()} was still waiting to run at the end, "
+            f"for {duration(thread['open_ns'])} by then"
+        )
+
+
+def _wakers(page: _Page, summary: Summary) -> None:
+    wakers = summary["wakers"]
+    if wakers:
+        page.table(
+            "Woken by" + _of_rows(summary),
+            ("waits", "waited"),
+            (
+                (
+                    _CONTEXTS.get(waker["ctx"]) or _who(waker["tid"], waker["comm"]),
+                    [f"{waker['waits']:,}", duration(waker["wait_ns"])],
+                )
+                for waker in wakers[:_LISTED]
+            ),
+        )
+
+
+def _syscalls(page: _Page, summary: Summary) -> None:
+    calls = summary["syscalls"]
+    if calls:
+        page.table(
+            "Blocked in" + _of_rows(summary),
+            ("times", "blocked", "waited"),
+            (
+                (
+                    visible(call["call"]) or "no system call (page fault, signal)",
+                    [
+                        f"{call['count']:,}",
+                        duration(call["blocked_ns"]),
+                        duration(call["wait_ns"]),
+                    ],
+                )
+                for call in calls[:_LISTED]
+            ),
+        )
+
+
+def _of_rows(summary: Summary) -> str:
+    """Say how much a list drawn from rows knows of, unless it is everything."""
+    quality = summary["quality"]
+    if quality["rows"] >= quality["waits"]:
+        return ""
+    return f" ({share(quality['rows'], quality['waits'])} of waits recorded)"
+
+
+def _stacks(page: _Page, summary: Summary) -> None:
+    for title, kind, whole in (
+        ("Where it left the CPU, then waited to run (sampled)", "wait", "waits"),
+        ("Where it blocked (sampled)", "blocked", "blocked"),
+    ):
+        stacks = summary["stacks"][kind]
+        if not stacks:
+            continue
+        total = (summary["waits"] if whole == "waits" else summary["waits"]["blocked"])["total_ns"]
+        page.line()
+        page.line(title, style=_BOLD)
+        for stack in stacks[:_LISTED_STACKS]:
+            weight = duration(stack["weight_ns"]).rjust(_NUMBER)
+            part = share(stack["weight_ns"], total).rjust(9)
+            page.line(f"{weight}{part}  {_frames(stack, page.width - _NUMBER - 11)}")
+
+
+def _frames(stack: Mapping[str, Any], room: int) -> str:
+    """The three frames nearest to the leaf, the program's own if it has any."""
+    own = stack["user"] or stack["kernel"]
+    if not own:
+        return "[no stack]"
+    names = [visible(name) for name in own[:3]]
+    if cells(" < ".join(names)) > room:
+        each = (room - 3 * (len(names) - 1)) // len(names)
+        spare = sum(max(0, each - cells(name)) for name in names)
+        long = max(1, sum(cells(name) > each for name in names))
+        names = [fit(name, each + spare // long) for name in names]
+    return " < ".join(names)
+
+
+# --- whether to believe it ---------------------------------------------------------------------
+
+
+def _quality(page: _Page, summary: Summary) -> None:
+    quality, overhead = summary["quality"], summary["overhead"]
+    page.line()
+    page.line("How far to trust this", style=_BOLD)
+    page.prose(_books(quality), label="checked")
+    recorded = _counted(summary)
+    if recorded:
+        page.prose(recorded, label="counted")
+    edges = [
+        f"{plural(quality[key], 'wait')} {text}"
+        for key, text in (
+            ("open_at_start", "under way when tracing began"),
+            ("open_at_end", "not over when it ended"),
+            ("no_start", "left out: their beginning was not seen"),
+            ("discarded", "left out: their times made no sense"),
+        )
+        if quality.get(key)
+    ]
+    if edges:
+        page.prose(", ".join(edges), label="edges")
+    stacks = quality["stacks"]
+    if any(stacks.values()):
+        page.prose(
+            f"{stacks['whole']:,} whole, {stacks['truncated']:,} truncated, "
+            f"{stacks['missing']:,} missing",
+            label="stacks",
+        )
+    page.prose(_cost(overhead, summary["capture"]["duration_s"]), label="own cost")
+
+
+def _counted(summary: Summary) -> str:
+    quality = summary["quality"]
+    if quality["totals_from_rows"] or not quality["waits"]:
+        return ""
+    if quality["rows"] >= quality["waits"]:
+        return "every wait was counted, and every one has its details"
+    return (
+        f"every wait was counted; {plural(quality['rows'], 'wait')} "
+        f"({share(quality['row_wait_ns'], summary['waits']['total_ns'])} of the waiting) "
+        f"{'has' if quality['rows'] == 1 else 'have'} details"
+    )
+
+
+def _books(quality: Mapping[str, Any]) -> str:
+    coverage, blind = quality["coverage"], quality["books_blind"]
+    if coverage is None:
+        text = "the kernel's own books have no wait to compare with"
+    else:
+        text = (
+            f"{100 * coverage:.2f} % of the {duration(quality['kernel_run_delay_ns'])} in the "
+            "kernel's own books"
+        )
+    if blind["count"]:
+        text += (
+            f"; besides, {plural(blind['count'], 'wait')} ({duration(blind['ns'])}) that the "
+            "kernel never times, as they end at once: counted here"
+        )
+    return text
+
+
+def _cost(overhead: Mapping[str, Any], seconds: float) -> str:
+    def cpu(ns: float) -> str:
+        return f"{duration(ns)} of CPU" + (f" ({share(ns, seconds * 1e9)})" if seconds else "")
+
+    parts = [f"latrace {cpu(overhead['self_cpu_s'] * 1e9)}"]
+    parts.append(
+        f"its probes {cpu(overhead['bpf_ns'])}" if overhead["bpf_ns"] else "probes not measured"
+    )
+    memory = overhead.get("max_rss_bytes")
+    if isinstance(memory, int) and memory > 0:
+        parts.append(f"{size(memory)} of memory")
+    return ", ".join(parts)
+
+
+# --- names -------------------------------------------------------------------------------------
+
+
+def _comm(value: object) -> str:
+    return fit(visible(value), 24) if isinstance(value, str) else ""
+
+
+def _who(number: int, comm: str) -> str:
+    return f"{number:>7} {_comm(comm) or '(name not recorded)'}"
