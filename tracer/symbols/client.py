@@ -160,8 +160,9 @@ class Worker:
         header = wire.REQUEST.pack(wire.MAGIC, len(text), len(payload))
         try:
             connection.settimeout(remaining())
-            sent = socket.send_fds(connection, [header], [] if fd is None else [fd])
-            connection.sendall(header[sent:] + text + payload)
+            message = header + text + payload
+            sent = socket.send_fds(connection, [message], [] if fd is None else [fd])
+            connection.sendall(message[sent:])
             answer = reply(read)
         except TimeoutError as error:
             self.timeouts += 1

@@ -309,20 +309,15 @@ class Symbolizer:
         result = [process.cached(addr, back) for addr, back in pairs]
         missing = [position for position, frame in enumerate(result) if frame is None]
         if missing:
-            found: dict[tuple[int, int], Frame] = {}
-            for back in (0, 1):
-                wanted = addrs[missing][behind[missing] == back]
-                if wanted.size:
-                    wanted = np.unique(wanted)
-                    frames = self._resolve(tgid, process, wanted, back)
-                    found.update(zip(((a, back) for a in wanted.tolist()), frames, strict=True))
+            wanted = list(dict.fromkeys(pairs[position] for position in missing))
+            found = dict(zip(wanted, self._resolve(tgid, process, wanted), strict=True))
             for position in missing:
                 result[position] = found[pairs[position]]
         return [frame for frame in result if frame is not None]
 
-    def _resolve(self, tgid: int, process: _Process, addrs: U64, back: int) -> list[Frame]:
-        """Frames of unique addresses, put into the process's caches as well."""
-        wanted = addrs - np.uint64(back)
+    def _resolve(self, tgid: int, process: _Process, pairs: list[tuple[int, int]]) -> list[Frame]:
+        """Frames of unique (address, bytes to look behind it), put into the caches as well."""
+        wanted = np.array([addr - back for addr, back in pairs], dtype=np.uint64)
         where = process.ranges.find(wanted)
         stale = time.monotonic() - process.looked_at > LOOK_AGAIN_S
         if stale and (where < 0).any():
@@ -332,13 +327,13 @@ class Symbolizer:
 
         mapped = np.flatnonzero(where >= 0)
         ranges, at = process.ranges, where[mapped]
-        numbers = np.full(addrs.shape, -1, dtype=np.int64)
+        numbers = np.full(wanted.shape, -1, dtype=np.int64)
         numbers[mapped] = ranges.files[at]
         values = wanted.copy()
-        symbols = np.full(addrs.shape, -1, dtype=np.int64)
+        symbols = np.full(wanted.shape, -1, dtype=np.int64)
         offsets = wanted[mapped] - ranges.starts[at] + ranges.offsets[at]
         named = []
-        in_file = np.zeros(addrs.shape, dtype=np.bool_)
+        in_file = np.zeros(wanted.shape, dtype=np.bool_)
         for number in np.unique(numbers[mapped]).tolist():
             file = process.files[number]
             self._parse(process, file)
@@ -349,10 +344,14 @@ class Symbolizer:
                 named.append((file, symbols[mine]))
         self._files.names(named)
 
+        if stale and process.perf_map is None and not in_file.all():
+            # Compilers make their map when they compile first, long after their memory.
+            process.looked_at = time.monotonic()
+            self._take_perf_map(tgid, process)
         jit = self._resolve_jit(process, wanted, np.flatnonzero(~in_file))
         frames = []
-        columns = (addrs, numbers, values, symbols)
-        for addr, number, value, symbol in zip(*(c.tolist() for c in columns), strict=True):
+        files, starts, found = numbers.tolist(), values.tolist(), symbols.tolist()
+        for (addr, back), number, value, symbol in zip(pairs, files, starts, found, strict=True):
             owner = process.files[number] if number >= 0 else None
             compiled = jit.get(addr - back)
             if compiled is not None:
@@ -399,8 +398,12 @@ class Symbolizer:
 
     @property
     def stats(self) -> dict[str, Any]:
-        """What was read and what could not be: counts since the start, reasons in words."""
-        maps = [p.perf_map for p in self._processes.values() if p.perf_map is not None]
+        """What was read and what could not be: counts since the start, reasons in words.
+
+        Plain dicts, strings and numbers. May be read by another thread than the one that resolves.
+        """
+        known = list(self._processes.values())
+        maps = [process.perf_map for process in known if process.perf_map is not None]
         counts = self._counts
         return {
             "kernel": {

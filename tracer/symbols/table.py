@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Final
 
 import numpy as np
@@ -14,6 +15,11 @@ I64 = npt.NDArray[np.int64]
 
 NEST_LIMIT: Final = 64
 """How many enclosing candidates are tried for an address past the end of the nearest symbol."""
+
+
+def cut(text: bytes, ends: list[int]) -> list[bytes]:
+    """The pieces of `text` that end there, the first one starting at its beginning."""
+    return [text[begin:end] for begin, end in pairwise([0, *ends])]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +74,7 @@ class SymbolTable:
 
     def all_names(self) -> list[bytes]:
         """Every name, in the order of the table."""
-        stops = self.name_ends.tolist()
-        return [self.names[begin:end] for begin, end in zip([0, *stops[:-1]], stops, strict=True)]
+        return cut(self.names, self.name_ends.tolist())
 
 
 def empty_table() -> SymbolTable:

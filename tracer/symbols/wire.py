@@ -14,7 +14,7 @@ from typing import Final
 import numpy as np
 
 from latrace.tracer.symbols.frames import NAME_LIMIT
-from latrace.tracer.symbols.table import SEGMENT_COLUMNS, U32, U64, Image, SymbolTable
+from latrace.tracer.symbols.table import SEGMENT_COLUMNS, U32, U64, Image, SymbolTable, cut
 
 REQUEST: Final = struct.Struct("=4sII")
 """magic, bytes of JSON, bytes of payload."""
@@ -126,8 +126,7 @@ def names_payload(names: list[bytes]) -> bytes:
 def split_names(payload: bytes, count: int) -> list[bytes]:
     """The worker's side of `names_payload`."""
     ends = np.frombuffer(payload, dtype=np.uint32, count=count).tolist()
-    text = payload[count * 4 :]
-    return [text[begin:end] for begin, end in zip([0, *ends[:-1]], ends, strict=True)]
+    return cut(payload[count * 4 :], ends)
 
 
 def names_reply(names: list[bytes]) -> list[bytes]:
@@ -147,5 +146,4 @@ def read_names(read: Read, count: int) -> list[bytes]:
     if total > MAX_NAMES:
         raise WireError("a size past the limit")
     ends = _ends(read, count, total).tolist()
-    text = read(total)
-    return [text[begin:end] for begin, end in zip([0, *ends[:-1]], ends, strict=True)]
+    return cut(read(total), ends)

@@ -133,8 +133,7 @@ class _Server:
             reply = _parse(fds[0], request)
         for fd in fds:
             os.close(fd)
-        for piece in reply:
-            self._connection.sendall(piece)
+        self._connection.sendall(b"".join(reply))
         return True
 
 
