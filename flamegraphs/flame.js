@@ -296,16 +296,19 @@
   // --- pointer ----------------------------------------------------------------------------------
   const under = (event) => of.get(event.target.closest(".frames > g"));
 
-  area.addEventListener("focusin", (event) => {
-    const frame = under(event);
-    if (frame && frame !== current) select(frame, false);
+  // On the document: Chromium makes an SVG element that listens for focus a stop for Tab.
+  document.addEventListener("focusin", (event) => {
+    const frame = of.get(event.target);
+    if (!frame) return;
+    if (frame !== current) select(frame, false);
     ring();
-    if (frame && keys) {
+    if (keys) {
       const where = frame.rect.getBoundingClientRect();
       showTip(frame, where.left, where.bottom);
     }
   });
-  area.addEventListener("focusout", () => {
+  document.addEventListener("focusout", (event) => {
+    if (!of.has(event.target)) return;
     for (const rect of rings) rect.setAttribute("visibility", "hidden");
     hideTip();
   });

@@ -88,7 +88,7 @@ def _frames(layout: Layout, *, top: int, inverted: bool) -> Iterable[str]:
 
 
 def _frame(box: Box, total_us: int, *, left: float, width: float, y: int) -> str:
-    name = visible(box.frame.name, limit=NAME_LIMIT)
+    name = visible(box.frame.name, limit=NAME_LIMIT).strip() or "[unknown]"
     if box.depth == 0:
         name += f" · {human_us(total_us)}"
     # The same name has the same tint in every picture.
