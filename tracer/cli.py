@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from latrace.tracer.errors import LatraceError
 
 _EXIT_FAILED, _EXIT_USAGE = 1, 2
+_TYPERS_INTERRUPTED = 130  # what it makes of a KeyboardInterrupt
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -28,9 +29,10 @@ def main(args: Sequence[str] | None = None) -> int:
 def _run(args: Sequence[str] | None) -> int:
     # Imported here so that Ctrl-C during the imports is as quiet as at any other time.
     import typer  # noqa: PLC0415
+    from typer.main import get_command  # noqa: PLC0415
+
     from latrace.analysis.errors import CaptureError  # noqa: PLC0415
     from latrace.tracer.commands.application import app  # noqa: PLC0415
-    from typer.main import get_command  # noqa: PLC0415
 
     try:
         result = get_command(app).main(
@@ -43,6 +45,8 @@ def _run(args: Sequence[str] | None) -> int:
         context = getattr(error, "ctx", None)
         called = context.command_path if context else "latrace"
         return _fail(error.format_message(), f"{called} --help shows what it takes", _EXIT_USAGE)
+    if result == _TYPERS_INTERRUPTED:
+        raise KeyboardInterrupt
     return result if isinstance(result, int) else 0
 
 

@@ -10,6 +10,7 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from latrace.analysis.words import duration, plural
 from latrace.tracer.commands.console import Status, is_terminal, wants_colour
 
 if TYPE_CHECKING:
@@ -93,29 +94,37 @@ class Panel(WarningsOnly):
     def __init__(self, status: Status) -> None:
         super().__init__(status)
         self._colour = wants_colour(status.stream)
-        self._height = 0
+        self._drawn: list[int] = []
+        """How wide each line of the block is."""
 
     def update(self, snapshot: Snapshot) -> None:
         """Draw the block anew, below any new warnings."""
-        lines = _panel(snapshot)
-        columns = _columns(self.status)
-        drawn = [_fit(line, columns, colour=self._colour) for line in lines]
+        room = _columns(self.status) - 1
+        lines = [_cut(line, room) for line in _panel(snapshot)]
         news = "".join(f"{self._paint(line, _ALARM)}\n" for line in self.news(snapshot))
-        self.status.write(self._erase() + news + "".join(f"{line}\n" for line in drawn))
-        self._height = len(drawn)
+        drawn = "".join(
+            "".join(self._paint(part.text, part.code) for part in line) + "\n" for line in lines
+        )
+        self.status.write(self._erase() + news + drawn)
+        self._drawn = [sum(len(part.text) for part in line) for line in lines]
 
     def close(self) -> None:
         """Take the block away."""
         self.status.write(self._erase())
-        self._height = 0
+        self._drawn = []
 
     def _erase(self) -> str:
-        # Up over what was drawn, then clear to the end of the screen: this also takes the ^C
-        # with which the terminal echoes the key.
-        return f"\x1b[{self._height}A\r\x1b[J" if self._height else ""
+        """Up over what was drawn and clear to the end of the screen.
+
+        This also takes the ^C with which the terminal echoes the key. A terminal that was made
+        narrower has broken the lines.
+        """
+        columns = _columns(self.status)
+        height = sum(max(1, -(-width // columns)) for width in self._drawn)
+        return f"\x1b[{height}A\r\x1b[J" if height else ""
 
     def _paint(self, text: str, code: str) -> str:
-        return f"{code}{text}{_RESET}" if self._colour else text
+        return f"{code}{text}{_RESET}" if self._colour and code and text else text
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,9 +138,8 @@ def _panel(snapshot: Snapshot) -> list[list[_Part]]:
     for name, value in _figures(snapshot)[:-1]:
         alarming = name == "lost" and snapshot.lost
         first += [_Part(f"{name} ", _DIM), _Part(f"{value}   ", _ALARM if alarming else _BOLD)]
-    plural = "" if snapshot.threads == 1 else "s"
     second = (
-        f"{snapshot.waits:,} waits of {snapshot.threads:,} thread{plural},"
+        f"{plural(snapshot.waits, 'wait')} of {plural(snapshot.threads, 'thread')},"
         f" {snapshot.rows:,} recorded in detail"
     )
     return [
@@ -144,9 +152,9 @@ def _panel(snapshot: Snapshot) -> list[list[_Part]]:
 def _figures(snapshot: Snapshot) -> list[tuple[str, str]]:
     return [
         ("waits/s", f"{snapshot.waits_per_s:,.0f}"),
-        ("p50", show_ns(snapshot.p50_ns)),
-        ("p99", show_ns(snapshot.p99_ns)),
-        ("max", show_ns(snapshot.max_ns)),
+        ("p50", duration(snapshot.p50_ns)),
+        ("p99", duration(snapshot.p99_ns)),
+        ("max", duration(snapshot.max_ns)),
         ("lost", f"{snapshot.lost:,}"),
         ("cost", _cost(snapshot).replace(" ", "")),
     ]
@@ -159,31 +167,21 @@ def _cost(snapshot: Snapshot) -> str:
     return f"{snapshot.self_cpu_percent:.1f} % + probes {snapshot.bpf_percent:.1f} %"
 
 
-def _fit(parts: list[_Part], columns: int, *, colour: bool) -> str:
-    """The line of `parts`, cut to `columns` so that it never wraps."""
-    out, room = "", columns
+def _cut(parts: list[_Part], room: int) -> list[_Part]:
+    """The line of `parts`, cut to `room` columns so that it never wraps."""
+    cut: list[_Part] = []
     for part in parts:
-        text = part.text[:room]
-        room -= len(text)
-        out += f"{part.code}{text}{_RESET}" if colour and part.code and text else text
-    return out.rstrip() if not colour else out
+        cut.append(_Part(part.text[:room], part.code))
+        room = max(0, room - len(part.text))
+    return cut
 
 
 def _columns(status: Status) -> int:
+    """How wide the terminal is now."""
     try:
-        return max(1, os.get_terminal_size(status.stream.fileno()).columns - 1)
+        return max(2, os.get_terminal_size(status.stream.fileno()).columns)
     except (OSError, ValueError):
-        return 79
-
-
-def show_ns(duration_ns: int) -> str:
-    """A duration for people in three digits: `870 ns`, `12.3 us`, `1.24 s`."""
-    value = float(duration_ns)
-    for unit in ("ns", "us", "ms"):
-        if value < 999.5:
-            return f"{value:.0f} {unit}" if unit == "ns" else f"{value:.3g} {unit}"
-        value /= 1000
-    return f"{value:.3g} s" if value < 999.5 else f"{value:,.0f} s"
+        return 80
 
 
 def show_elapsed(seconds: float) -> str:

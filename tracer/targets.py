@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from latrace.analysis.words import plural, visible
 from latrace.tracer.errors import HostError, NoTargetError, UsageError
 from latrace.tracer.processes import (
     PROC,
@@ -25,6 +26,8 @@ from latrace.tracer.processes import (
 
 _COMM_BYTES = 15  # TASK_COMM_LEN less its NUL
 _MAX_LISTED = 6
+MAX_PATTERNS = 8
+"""Names, and cgroups, that the probes compare with at most."""
 _OCTAL = re.compile(r"\\([0-7]{3})")  # how mountinfo writes blanks in paths
 
 
@@ -62,7 +65,7 @@ def parse_ids(text: str, *, option: str) -> tuple[int, ...]:
     for part in _parts(text, option=option):
         if not (part.isascii() and part.isdigit() and 0 < int(part[:10]) <= 1 << 22):
             raise UsageError(
-                f"{option} {printable(part)!r} is not a process or thread id",
+                f"{option} {visible(part)!r} is not a process or thread id",
                 hint=f"give numbers: {option} 812 or {option} 812,813; names go with --comm",
             )
         ids.append(int(part))
@@ -89,6 +92,12 @@ def resolve(request: Request, *, proc: Path = PROC) -> Targets:
         raise UsageError(
             "--children follows processes, and --tid names single threads", hint="use --pid"
         )
+    for option, values in (("--comm", request.comms), ("--cgroup", request.cgroups)):
+        if len(values) > MAX_PATTERNS:
+            raise UsageError(
+                f"{option} names {len(values)}, and the probes compare {MAX_PATTERNS} at most",
+                hint="a trailing * covers several names; a cgroup covers those below it",
+            )
     _refuse_inner_namespace(proc)
     notes: list[str] = []
     by_pid = [_resolve_pid(pid, proc=proc, notes=notes) for pid in request.pids]
@@ -99,7 +108,7 @@ def resolve(request: Request, *, proc: Path = PROC) -> Targets:
     by_cgroup = cgroup_members(cgroups, proc=proc)
     for cgroup in cgroups:
         if next(_cgroup_pids(cgroup), None) is None:
-            notes.append(f"no process is in cgroup {printable(str(cgroup))} yet")
+            notes.append(f"no process is in cgroup {visible(str(cgroup))} yet")
     roots = {task.tgid for task in (*by_pid, *by_comm, *by_cgroup)}
     below = descendants(roots, proc=proc) if request.children else []
     below = [task for task in below if task.tgid != _self_pid(proc)]
@@ -113,14 +122,6 @@ def resolve(request: Request, *, proc: Path = PROC) -> Targets:
         tasks=tuple(tasks.values()),
         description=_describe(tuple(tasks.values()), cgroups=cgroups, proc=proc),
         notes=tuple(notes),
-    )
-
-
-def printable(text: str) -> str:
-    """`text` without what could steer a terminal: a target chooses its own name."""
-    return "".join(
-        char if char.isprintable() else char.encode("unicode_escape").decode("ascii")
-        for char in text
     )
 
 
@@ -138,7 +139,7 @@ def resolve_cgroup(name: str, *, proc: Path = PROC) -> Path:
             return real
         if above:
             raise UsageError(
-                f"cgroup {printable(name)} is of another controller than cpu",
+                f"cgroup {visible(name)} is of another controller than cpu",
                 hint="name the group in the cpu (v1) or the unified (v2) hierarchy",
             )
     # A name such as /system.slice/x.service, as /proc/PID/cgroup shows it, is relative too.
@@ -153,7 +154,7 @@ def resolve_cgroup(name: str, *, proc: Path = PROC) -> Path:
         occupied = (real for real in candidates if next(_cgroup_pids(real), None) is not None)
         return next(occupied, candidates[0])
     raise NoTargetError(
-        f"no cgroup {printable(name)}",
+        f"no cgroup {visible(name)}",
         hint="cat /proc/PID/cgroup shows the cgroups of a process",
     )
 
@@ -242,14 +243,14 @@ def _resolve_comm(comm: str, *, notes: list[str]) -> str:
     name = comm.removesuffix("*")
     if "*" in name or "?" in name or "[" in name:
         raise UsageError(
-            f"--comm {printable(comm)}: only a trailing * is understood",
+            f"--comm {visible(comm)}: only a trailing * is understood",
             hint="give the exact name, or the beginning of it: --comm 'node*'",
         )
     raw = name.encode()
     if len(raw) <= _COMM_BYTES:
         return comm
     kept = raw[:_COMM_BYTES].decode("utf-8", "ignore")
-    notes.append(f"the kernel keeps {_COMM_BYTES} bytes of a name: tracing {printable(kept)}")
+    notes.append(f"the kernel keeps {_COMM_BYTES} bytes of a name: tracing {visible(kept)}")
     return kept
 
 
@@ -268,7 +269,7 @@ def _named(comms: Sequence[str], *, proc: Path) -> list[Task]:
         matching = [task for task in candidates if comm_matches(task.comm, comm)]
         if not matching:
             raise NoTargetError(
-                f"no process is named {printable(comm)}",
+                f"no process is named {visible(comm)}",
                 hint="ps -eo pid,comm lists the names; a trailing * matches a beginning",
             )
         found.update((task.tgid, task) for task in matching)
@@ -321,7 +322,7 @@ def _cgroup_mounts(proc: Path) -> list[tuple[Path, bool]]:
 
 
 def _describe(tasks: tuple[Task, ...], *, cgroups: tuple[Path, ...], proc: Path) -> str:
-    groups = ", ".join(f"cgroup {printable(str(cgroup))}" for cgroup in cgroups)
+    groups = ", ".join(f"cgroup {visible(str(cgroup))}" for cgroup in cgroups)
     if not tasks:
         return groups
     if len(tasks) == 1:
@@ -342,11 +343,11 @@ def _describe_one(task: Task, proc: Path) -> str:
     if not task.is_leader:
         return f"thread {_name(task)} (tid {task.tid} of pid {task.tgid})"
     count = thread_count(task.tgid, proc=proc)
-    return f"{_name(task)} (pid {task.tgid}, {count} thread{'' if count == 1 else 's'})"
+    return f"{_name(task)} (pid {task.tgid}, {plural(count, 'thread')})"
 
 
 def _name(task: Task) -> str:
-    return printable(task.comm) or "?"
+    return visible(task.comm) or "?"
 
 
 def _self_pid(proc: Path) -> int:
@@ -369,7 +370,7 @@ def _parts(text: str, *, option: str) -> list[str]:
     parts = [part.strip() for part in text.split(",")]
     if not all(parts):
         raise UsageError(
-            f"{option} {printable(text)!r} has an empty part",
+            f"{option} {visible(text)!r} has an empty part",
             hint=f"separate by single commas: {option} A,B",
         )
     return parts

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
+
 from latrace import __version__
 from latrace.tracer.commands.attach import attach
 from latrace.tracer.commands.demo import demo

@@ -5,10 +5,18 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
+
 from latrace.tracer.commands import params
 from latrace.tracer.commands.console import Status
 from latrace.tracer.commands.signals import StopOnSignals
-from latrace.tracer.commands.tracing import Plan, print_summary, read_summary, say_written, trace
+from latrace.tracer.commands.tracing import (
+    Plan,
+    give_up_root,
+    print_summary,
+    read_summary,
+    say_written,
+    trace,
+)
 from latrace.tracer.targets import Request, parse_ids, parse_names, resolve
 
 Pid = Annotated[
@@ -85,5 +93,6 @@ def attach(
         plan = Plan(options=options, output=output, force=force, description=targets.description)
         status.detail(f"Options: {options}")
         path = trace(plan, status=status, signals=signals)
+    give_up_root()
     print_summary(read_summary(path), as_json=as_json)
     say_written(path, status=status)

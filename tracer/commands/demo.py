@@ -2,31 +2,38 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
+import textwrap
 import threading
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from latrace.analysis import words
 from latrace.tracer.caller import calling_account
 from latrace.tracer.commands import params
-from latrace.tracer.commands.console import Status
+from latrace.tracer.commands.console import Status, program, width_of
 from latrace.tracer.commands.quantities import parse_run_time, show_seconds
 from latrace.tracer.commands.signals import StopOnSignals
 from latrace.tracer.commands.tracing import (
     Plan,
+    give_up_root,
     print_summary,
     read_summary,
-    say_written,
+    say_next,
     shown_path,
+    size_of,
     trace,
 )
-from latrace.tracer.demo import HOG, REQUESTS_PER_S, SERVICE, WORK_MS, Answers, Cast
 from latrace.tracer.errors import UsageError
-from latrace.tracer.live import show_ns
 from latrace.tracer.options import Options
 from latrace.tracer.outputs import open_output_file
 from latrace.tracer.targets import Request, resolve
+
+if TYPE_CHECKING:
+    from latrace.tracer.demo import Answers, Cast
 
 _QUIET_SHARE = 0.4
 """How much of the time the service is alone."""
@@ -60,7 +67,8 @@ def demo(
     \b
     sudo latrace demo
     """
-    from latrace.tracer.doctor import require_tracing  # noqa: PLC0415
+    from latrace.tracer.demo import Cast  # noqa: PLC0415
+    from latrace.tracer.doctor import require_tracing, sudo  # noqa: PLC0415
 
     require_tracing()
     status = Status(quiet=quiet, verbose=verbose)
@@ -90,53 +98,74 @@ def demo(
         finally:
             cue.cancel()
         alone, beside = cast.finish()
+    import latrace.flamegraphs  # noqa: F401, PLC0415 - while it can be read for sure
+
+    give_up_root()
     summary = read_summary(path)
     print_summary(summary, as_json=False)
     sys.stdout.write(_explanation(alone, beside, summary))
     sys.stdout.flush()
     picture = _draw(path)
-    say_written(path, status=status)
-    status.say(f"Wrote {shown_path(picture)}: open it in a browser; click zooms, Ctrl-F searches.")
+    status.say(f"Wrote {shown_path(path)} ({size_of(path)}) and {shown_path(picture)}")
+    say_next(
+        (
+            (
+                f"xdg-open {shlex.quote(str(shown_path(picture)))}",
+                "zoom by click, search by Ctrl-F",
+            ),
+            (sudo(f"{program()} attach --pid PID"), "the same for a program of yours"),
+        ),
+        status=status,
+    )
 
 
 def _introduction(cast: Cast, alone_s: float) -> str:
-    return "\n".join(
-        (
-            f"{SERVICE} (pid {cast.service.pid}) answers {REQUESTS_PER_S} requests/s on CPU"
-            f" {cast.cpu}, each {WORK_MS} ms of work.",
-            f"After {show_seconds(alone_s)} {HOG} (pid {cast.hog.pid}) computes there too,"
-            " without pause.",
-        )
+    from latrace.tracer.demo import REQUESTS_PER_S, WORK_MS  # noqa: PLC0415
+
+    service, hog = cast.service, cast.hog
+    return textwrap.fill(
+        f"{service.name} (pid {service.pid}) answers {REQUESTS_PER_S} requests/s on CPU {cast.cpu},"
+        f" each {WORK_MS} ms of work. After {show_seconds(alone_s)} {hog.name} (pid {hog.pid})"
+        " computes on the same CPU, without pause.",
+        width_of(sys.stderr),
     )
 
 
 def _explanation(alone: Answers, beside: Answers, summary: dict[str, Any]) -> str:
     """What the client saw, and how the figures of the capture explain it."""
-    waits = summary["waits"]
+    from latrace.tracer.demo import HOG, SERVICE  # noqa: PLC0415
+
     lines = [
         "",
         f"What the clients of {SERVICE} saw:",
-        f"  {'':<16}{'answers':>8}{'p50':>10}{'p99':>10}{'max':>10}",
+        f"  {'':<18}{'answers':>8}{'p50':>10}{'p99':>10}{'max':>10}",
         _row("alone", alone),
         _row(f"beside {HOG}", beside),
         "",
     ]
-    if beside.count and alone.count:
-        slower_ns = beside.p99_ns - alone.p99_ns
-        lines += [
-            f"The work for a request did not change, yet the P99 rose by {show_ns(slower_ns)}:",
-            f"{SERVICE} was ready to run and did not. latrace timed each such wait in",
-            f"the kernel: {waits['count']:,} of them, {show_ns(waits['total_ns'])} in all,"
-            f" 1 in 100 over {show_ns(waits['p99_ns'])}.",
-            f"No profile of {SERVICE} shows them: it is not running while it waits.",
-            "",
-        ]
-    return "\n".join(lines)
+    if alone.count and beside.count:
+        waits = summary["waits"]
+        told = (
+            f"latrace timed each of the {waits['count']:,} waits of {SERVICE} in the kernel:"
+            f" {words.duration(waits['total_ns'])} in which it was ready to run and did not, one in"
+            f" a hundred longer than {words.duration(waits['p99_ns'])}. No CPU profile shows them,"
+            " as nothing of the service runs meanwhile."
+        )
+        if beside.p99_ns > alone.p99_ns:
+            told = (
+                "The work for a request stayed the same, yet their P99 went from"
+                f" {words.duration(alone.p99_ns)} to {words.duration(beside.p99_ns)}. {told}"
+            )
+        else:
+            told = f"This machine was so busy before that {HOG} made no difference. {told}"
+        lines += [*textwrap.wrap(told, width_of(sys.stdout)), ""]
+    return "\n".join(lines) + "\n"
 
 
 def _row(name: str, answers: Answers) -> str:
     figures = (answers.p50_ns, answers.p99_ns, answers.max_ns)
-    return f"  {name:<16}{answers.count:>8,}" + "".join(f"{show_ns(ns):>10}" for ns in figures)
+    cells = "".join(f"{words.duration(figure):>10}" for figure in figures)
+    return f"  {name:<18}{answers.count:>8,}{cells}"
 
 
 def _draw(capture: Path) -> Path:

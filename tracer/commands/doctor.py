@@ -10,11 +10,12 @@ from dataclasses import asdict
 from typing import Annotated
 
 import typer
+
 from latrace import __version__
+from latrace.analysis.words import visible
 from latrace.tracer.commands.console import program, wants_colour, width_of
 from latrace.tracer.doctor import Check, run_checks, sudo
 from latrace.tracer.errors import HostError
-from latrace.tracer.targets import printable
 
 _SHOWN = {"ok": "ok", "warn": "warn", "fail": "FAIL", "skip": "-"}
 _COLOURS = {"ok": "\x1b[32m", "warn": "\x1b[33m", "fail": "\x1b[1;31m", "skip": "\x1b[2m"}
@@ -73,14 +74,14 @@ def render_checks(checks: list[Check], *, verbose: bool, width: int, colour: boo
         mark = f"{_SHOWN[check.state]:<4}"
         if colour:
             mark = f"{_COLOURS[check.state]}{mark}\x1b[0m"
-        finding = textwrap.wrap(printable(check.finding), width - len(indent)) or [""]
+        finding = textwrap.wrap(visible(check.finding), width - len(indent)) or [""]
         lines.append(f"  {mark}  {check.name:<{_NAME_COLUMNS}}{finding[0]}")
         more = finding[1:]
         if verbose or check.state in ("warn", "fail"):
-            more += textwrap.wrap(printable(check.meaning), width - len(indent))
+            more += textwrap.wrap(visible(check.meaning), width - len(indent))
         if check.remedy:
             more += textwrap.wrap(
-                f"→ {printable(check.remedy)}",
+                f"→ {visible(check.remedy)}",
                 width - len(indent),
                 subsequent_indent="  ",
                 break_long_words=False,

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from latrace.analysis.words import size
 from latrace.tracer.commands import params
 from latrace.tracer.commands.console import Status
-from latrace.tracer.commands.quantities import show_size
 from latrace.tracer.errors import UsageError
 from latrace.tracer.outputs import DEFAULT_NAME, open_output_file
 
@@ -89,7 +90,7 @@ def flame(
     path = Path(out)
     with open_output_file(path, force=force) as stream:
         stream.write(data)
-    status.say(f"Wrote {path} ({show_size(len(data))})")
+    status.say(f"Wrote {path} ({size(len(data))})")
     if chosen is Format.svg:
         status.say("Next: open it in a browser; click zooms, Ctrl-F searches")
     elif chosen is Format.speedscope:

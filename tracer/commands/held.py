@@ -9,11 +9,12 @@ import signal
 import struct
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NoReturn
 
+from latrace.analysis.words import visible
 from latrace.tracer.caller import Account, become, environment_of
 from latrace.tracer.errors import LatraceError
-from latrace.tracer.targets import printable
 
 _ERRNO = struct.Struct("=i")
 _POLL_S = 0.02
@@ -93,11 +94,11 @@ class HeldProgram:
         if len(data) != _ERRNO.size:
             raise self._ended_early()
         code = _ERRNO.unpack(data)[0]
-        name = printable(self._command[0])
+        name = visible(self._command[0])
         raise LatraceError(f"can not start {name}: {os.strerror(code)}", hint=_hint(code))
 
     def _ended_early(self) -> LatraceError:
-        name = printable(self._command[0])
+        name = visible(self._command[0])
         return LatraceError(f"{name} ended before it began", hint="was it interrupted or killed?")
 
 
@@ -118,6 +119,8 @@ def _be_program(command: list[str], account: Account, *, gate: int, report: int)
             if number in _IGNORED_BY_PYTHON or signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
+        # The name it will have: the tracer sees it before the program begins.
+        Path("/proc/self/comm").write_bytes(os.fsencode(Path(command[0]).name)[:15])
         become(account)
         env = environment_of(account)
         path = _find(command[0], env.get("PATH", os.defpath))

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+
 from latrace.tracer.commands.quantities import parse_duration, parse_ring_size, parse_run_time
 from latrace.tracer.options import (
     DEFAULT_RING_BYTES,

@@ -78,18 +78,17 @@ def parse_ring_size(text: str) -> int:
         below = 1 << (size.bit_length() - 1)
         raise UsageError(
             f"--ring-size {text} is not a power of two, as the kernel wants it",
-            hint=f"take {show_size(below)} or {show_size(2 * below)}",
+            hint=f"take {_show_ring(below)} or {_show_ring(2 * below)}",
         )
     return size
 
 
-def show_size(size: int) -> str:
-    """A number of bytes for people: `16M`, `4K`, `812`."""
-    for unit, factor in (("G", 1 << 30), ("M", 1 << 20), ("K", 1 << 10)):
+def _show_ring(size: int) -> str:
+    """A power of two as the option takes it: `16M`."""
+    for unit, factor in (("G", 1 << 30), ("M", 1 << 20)):
         if size >= factor:
-            scaled = size / factor
-            return f"{scaled:.0f}{unit}" if scaled == int(scaled) else f"{scaled:.1f}{unit}"
-    return str(size)
+            return f"{size // factor}{unit}"
+    return f"{size >> 10}K"
 
 
 def show_seconds(seconds: float) -> str:

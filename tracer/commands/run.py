@@ -7,13 +7,22 @@ import signal
 from typing import Annotated
 
 import typer
+
+from latrace.analysis.words import visible
 from latrace.tracer.caller import calling_account
 from latrace.tracer.commands import params
 from latrace.tracer.commands.console import Status
 from latrace.tracer.commands.held import HeldProgram
 from latrace.tracer.commands.signals import StopOnSignals
-from latrace.tracer.commands.tracing import Plan, print_summary, read_summary, say_written, trace
-from latrace.tracer.targets import Request, printable, resolve
+from latrace.tracer.commands.tracing import (
+    Plan,
+    give_up_root,
+    print_summary,
+    read_summary,
+    say_written,
+    trace,
+)
+from latrace.tracer.targets import Request, resolve
 
 _GRACE_S = 5.0
 """How long the program may take to end after Ctrl-C or SIGTERM before we go on without it."""
@@ -58,7 +67,7 @@ def run(
     from latrace.tracer.doctor import require_tracing  # noqa: PLC0415
 
     require_tracing()
-    name = printable(command[0])
+    name = visible(command[0])
     with StopOnSignals(interrupt_grace_s=_GRACE_S) as signals:
         program = HeldProgram(command, account=calling_account())
         try:
@@ -86,6 +95,7 @@ def run(
             program.terminate()
             program.close()
     status.say(describe_end(name, ended, pid=program.pid))
+    give_up_root()
     print_summary(read_summary(path), as_json=as_json)
     say_written(path, status=status)
 

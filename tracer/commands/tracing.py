@@ -8,13 +8,15 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from latrace.analysis.words import size
+from latrace.tracer.caller import become, calling_account
 from latrace.tracer.commands.console import Status, program, wants_colour, width_of
-from latrace.tracer.commands.quantities import show_seconds, show_size
+from latrace.tracer.commands.quantities import show_seconds
 from latrace.tracer.commands.signals import StopOnSignals
 from latrace.tracer.errors import LatraceError
 from latrace.tracer.live import make_view
@@ -98,6 +100,18 @@ def read_summary(path: Path) -> dict[str, Any]:
     return summarise(open_capture(path))
 
 
+def give_up_root() -> None:
+    """After the trace: go on as the user who typed sudo, whom the capture belongs to.
+
+    What reads the capture parses names and tables that others may have had a hand in.
+    """
+    # Before the change: the program's own files may be readable to root alone (a checkout).
+    import latrace.analysis.summary  # noqa: PLC0415
+    import latrace.analysis.text  # noqa: F401, PLC0415
+
+    become(calling_account())
+
+
 def print_summary(summary: dict[str, Any], *, as_json: bool) -> None:
     """The report on stdout: in words, or as one JSON document."""
     if as_json:
@@ -114,21 +128,36 @@ def print_summary(summary: dict[str, Any], *, as_json: bool) -> None:
 
 def say_written(path: Path, *, status: Status) -> None:
     """The last lines of a run: what was written, and what to do with it."""
+    status.say(f"Wrote {shown_path(path)} ({size_of(path)})")
+    default = path == Path.cwd() / DEFAULT_NAME
+    source = "" if default else f" -i {shlex.quote(str(shown_path(path)))}"
+    say_next(
+        (
+            (f"{program()} flame{source} wait.svg", "where it waited, as a picture"),
+            (f"{program()} report{source}", "these figures again"),
+        ),
+        status=status,
+    )
+
+
+def say_next(commands: Sequence[tuple[str, str]], *, status: Status) -> None:
+    """What to type next, each command with what it does, if both fit on the line."""
+    columns = max(len(command) for command, _ in commands) + 2
+    room = width_of(status.stream) - len("Next: ") - columns
+    for number, (command, does) in enumerate(commands):
+        told = f"{command:<{columns}}{does}" if len(does) <= room else command
+        status.say(f"{'Next: ' if number == 0 else '      '}{told}")
+
+
+def size_of(path: Path) -> str:
+    """How large the capture at `path` is, in words. Raises `LatraceError` when it is gone."""
     try:
-        size = sum(entry.stat().st_size for entry in path.iterdir())
+        return size(sum(entry.stat().st_size for entry in path.iterdir()))
     except OSError as error:
         raise LatraceError(
             f"the capture {path} can not be read back: {error.strerror}",
             hint="was it moved or removed while latrace wrote it?",
         ) from error
-    status.say(f"Wrote {shown_path(path)} ({show_size(size)})")
-    name = program()
-    if path == Path.cwd() / DEFAULT_NAME:
-        source = ""
-    else:
-        source = f" -i {shlex.quote(str(shown_path(path)))}"
-    status.say(f"Next: {name} flame{source} wait.svg     where it waited, as a picture")
-    status.say(f"      {name} report{source}             these figures again; --json for machines")
 
 
 def shown_path(path: Path) -> Path:
