@@ -164,6 +164,8 @@ class Capture:
         try:
             with pa.OSFile(os.fspath(file)) as source:
                 present = ipc.open_stream(source).schema.names
+            if len(set(present)) != len(present):
+                raise _damaged(file, "it has a column twice")
             chosen = [
                 index
                 for index, column in enumerate(present)
@@ -178,8 +180,10 @@ class Capture:
                     batch.validate(full=True)
                     yield batch
         except OSError as error:
+            if error.errno is None:  # Arrow's own, such as a body that does not decompress
+                raise _damaged(file, str(error)) from error
             raise _unreadable(file, error) from error
-        except pa.ArrowException as error:
+        except (pa.ArrowException, ValueError) as error:  # ValueError: names that are not UTF-8
             raise _damaged(file, str(error)) from error
 
     def _conform(
