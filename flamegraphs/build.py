@@ -7,6 +7,7 @@ waits, but only as many stacks as were sampled.
 from __future__ import annotations
 
 import posixpath
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, Final, Literal, Protocol, TypeAlias, get_args
@@ -34,10 +35,17 @@ NO_USER_STACK: Final = Frame("[no user stack]", "marker")
 TO_KERNEL: Final = Frame("-", "marker")
 TO_WAKER: Final = Frame("--", "marker")
 
+# Where an interrupt begins, by the names of x86, arm64, s390, ppc64 and riscv; softirqs that an
+# interrupt leaves behind run under irq_exit everywhere.
+_INTERRUPT: Final = re.compile(
+    r"_*irq_exit(_rcu)?|(asm_)?(sysvec_\w+|common_interrupt)|el[01]\w*_irq|call_on_irq_stack"
+    r"|(do_)?(ext|io)_(int_handler|irq)|\w+_common_virt|do_irq"
+)
+
 _TITLES: Final[dict[Kind, str]] = {
     "wait": "Waiting to run",
     "offcpu": "Off the CPU",
-    "waker": "Woken by",
+    "waker": "Blocked time by waker",
 }
 _SUBTITLES: Final[dict[Kind, str]] = {
     "wait": "Width is time spent waiting for a CPU. A stack shows where the thread left the CPU.",
@@ -72,8 +80,8 @@ def build_profile(capture: CaptureTables, *, kind: Kind) -> Profile:
 
     wait: process → user frames → `-` → kernel frames, by the time then spent waiting to run.
     offcpu: the same, with `[blocked]` and `[waiting]` apart under the process.
-    waker: process → `--` → the waker's frames, innermost first → the waker's name (or
-    `[hardirq]`, `[softirq]`: the interrupted thread woke nobody), by the time spent blocked.
+    waker: process → `--` → the waker's frames, innermost first → the waker's name, or
+    `[hardirq]`, `[softirq]`, by the time spent blocked.
 
     Weights are added per stack in nanoseconds and rounded to microseconds together, so that the
     root is the exact total of the in-kernel counters; what was not sampled stands under
@@ -200,11 +208,17 @@ class _Stacks:
         return (*cut, *reversed(user), *((TO_KERNEL, *reversed(kernel)) if kernel else ()))
 
     def waker(self, stack: int | None, comm: str | None, context: str | None) -> _Stack:
-        """Return who ended the blocked time, innermost frame first, the name last."""
+        """Return who ended the blocked time, innermost frame first, the name last.
+
+        What stands below an interrupt is a bystander: neither its code nor its name woke. A
+        softirq that a thread ran itself (it sent to a local socket, say) is that thread's doing.
+        """
         kernel, user, whole = self._parts.get(-1 if stack is None else stack, ((), (), False))
         if context in ("hardirq", "softirq"):
-            # The thread below the interrupt is a bystander: neither its code nor its name woke.
-            return (*(kernel or (STACK_LOST,)), Frame(f"[{context}]", "marker"))
+            depths = (i for i, frame in enumerate(kernel, 1) if _INTERRUPT.fullmatch(frame.name))
+            entry = next(depths, None)
+            if entry or context == "hardirq" or not comm:
+                return (*(kernel[:entry] or (STACK_LOST,)), Frame(f"[{context}]", "marker"))
         name = Frame(comm or "[unknown]", "thread")
         if not user:
             return (*kernel, TO_KERNEL, NO_USER_STACK, name) if kernel else (STACK_LOST, name)
@@ -214,10 +228,14 @@ class _Stacks:
 
 def _frame(symbol: str | None, module: str, offset: int | None, space: str | None) -> Frame:
     kinds: dict[str | None, FrameKind] = {"kernel": "kernel", "jit": "jit"}
-    name = symbol
-    if not name:
-        base = posixpath.basename(module)
-        name = f"{base}+{offset or 0:#x}" if base else "[unknown]"
+    base = posixpath.basename(module)
+    if symbol:
+        name = symbol
+    elif not base or base.startswith("["):
+        # No file: the offset is a bare address, another one in every run.
+        return Frame(base or "[unknown]", kinds.get(space, "user"))
+    else:
+        name = f"{base}+{offset or 0:#x}"
     return Frame(name, kinds.get(space, "user"), module)
 
 

@@ -30,6 +30,18 @@ FRAMES = [
     {"id": 5, "symbol": None, "module": "/bin/app", "offset": 0x1234, "space": "user"},
     {"id": 6, "symbol": None, "module": None, "offset": None, "space": "user"},
     {"id": 7, "symbol": "~render", "module": "/app/perf-1.map", "offset": 0, "space": "jit"},
+    {"id": 20, "symbol": None, "module": "[unknown]", "offset": 0x7F00, "space": "user"},
+    {"id": 21, "symbol": None, "module": "[unknown]", "offset": 0x7F08, "space": "user"},
+    {
+        "id": 30,
+        "symbol": "asm_sysvec_apic_timer_interrupt",
+        "module": "[kernel]",
+        "space": "kernel",
+    },
+    {"id": 31, "symbol": "__irq_exit_rcu", "module": "[kernel]", "space": "kernel"},
+    {"id": 32, "symbol": "el1h_64_irq", "module": "[kernel]", "space": "kernel"},
+    {"id": 33, "symbol": "handle_softirqs", "module": "[kernel]", "space": "kernel"},
+    {"id": 34, "symbol": "tcp_sendmsg", "module": "[kernel]", "space": "kernel"},
     {"id": 8, "symbol": "wake_up_q", "module": "[kernel]", "offset": 0, "space": "kernel"},
 ]
 STACKS = [
@@ -40,6 +52,12 @@ STACKS = [
     {"id": 14, "frames": [1, 99, 98], "whole": True, "kernel_frames": 2},
     {"id": 15, "frames": [], "whole": True, "kernel_frames": 0},
     {"id": 16, "frames": [8, 2, 3, 4], "whole": True, "kernel_frames": 2},
+    {"id": 18, "frames": [3, 20], "whole": True, "kernel_frames": 0},
+    {"id": 19, "frames": [3, 21], "whole": True, "kernel_frames": 0},
+    {"id": 20, "frames": [8, 30, 34, 2, 3], "whole": True, "kernel_frames": 4},
+    {"id": 21, "frames": [8, 33, 31, 30, 34, 2], "whole": True, "kernel_frames": 6},
+    {"id": 22, "frames": [8, 33, 32, 34, 2], "whole": True, "kernel_frames": 5},
+    {"id": 23, "frames": [8, 33, 34, 2, 4], "whole": True, "kernel_frames": 4},
     {"id": 17, "frames": [1, 2, 3], "whole": True, "kernel_frames": None},
 ]
 THREADS = [
@@ -111,13 +129,39 @@ def test_where_the_thread_left_the_cpu(stack: int | None, line: str) -> None:
         ({"waker_stack": -1}, "app;--;[stack lost];bash"),
         ({"waker_stack": None, "waker": None}, "app;--;[stack lost];[unknown]"),
         ({"waker_stack": 16, "waker_ctx": "hardirq"}, "app;--;wake_up_q;do_syscall_64;[hardirq]"),
-        ({"waker_stack": -1, "waker_ctx": "softirq"}, "app;--;[stack lost];[softirq]"),
+        ({"waker_stack": -1, "waker_ctx": "softirq", "waker": ""}, "app;--;[stack lost];[softirq]"),
+        (
+            {"waker_stack": 20, "waker_ctx": "hardirq", "waker": ""},
+            "app;--;wake_up_q;asm_sysvec_apic_timer_interrupt;[hardirq]",
+        ),
+        (
+            {"waker_stack": 21, "waker_ctx": "softirq"},
+            "app;--;wake_up_q;handle_softirqs;__irq_exit_rcu;[softirq]",
+        ),
+        (
+            {"waker_stack": 22, "waker_ctx": "softirq"},
+            "app;--;wake_up_q;handle_softirqs;el1h_64_irq;[softirq]",
+        ),
+        (
+            {"waker_stack": 23, "waker_ctx": "softirq"},
+            "app;--;wake_up_q;handle_softirqs;tcp_sendmsg;do_syscall_64;-;main;bash",
+        ),
+        (
+            {"waker_stack": 23, "waker_ctx": "softirq", "waker": ""},
+            "app;--;wake_up_q;handle_softirqs;tcp_sendmsg;do_syscall_64;[softirq]",
+        ),
+        ({"waker_stack": 12, "waker_ctx": "unknown"}, "app;--;schedule;-;[no user stack];bash"),
     ],
 )
 def test_who_ended_the_blocked_time(row: dict[str, Any], line: str) -> None:
-    """The victim's own stack plays no part; an interrupted thread is not named."""
+    """The victim's own stack plays no part; an interrupted thread is neither shown nor named."""
     base = {"stack": 10, "blocked_weight_ns": 3_000, "waker": "bash", "waker_ctx": "task"}
     assert folded(build_profile(capture([base | row]), kind="waker")) == [f"{line} 3"]
+
+
+def test_addresses_that_belong_to_no_file_are_one_frame() -> None:
+    rows = [{"stack": stack, "weight_ns": 2_000} for stack in (18, 19)]
+    assert folded(build_profile(capture(rows), kind="wait")) == ["app;[unknown];read 4"]
 
 
 def test_kinds_and_modules_of_frames() -> None:
