@@ -7,7 +7,7 @@
   const alone = root === document.documentElement;
   const SVG = "http://www.w3.org/2000/svg", HTML = "http://www.w3.org/1999/xhtml";
   const height = root.viewBox.baseVal.height, designed = root.viewBox.baseVal.width;
-  const { rows, row, pad, hidden, inverted } = Object.fromEntries(
+  const { rows, row, pad, hidden, inverted: drawnInverted } = Object.fromEntries(
     Object.entries(area.dataset).map(([key, value]) => [key, Number(value)]));
   const inset = 3;
 
@@ -50,7 +50,8 @@
   probe.remove();
 
   // --- layout -----------------------------------------------------------------------------------
-  let width = 0, zoomed = all, current = all;
+  const top = Number(all.rect.getAttribute("y")) - (drawnInverted ? 0 : (rows - 1) * row);
+  let width = 0, zoomed = all, current = all, inverted = Boolean(drawnInverted);
 
   function label(frame, pixels) {
     const columns = Math.floor((pixels - 2 * inset) / cell);
@@ -67,15 +68,16 @@
 
   function place(frame, x, pixels) {
     frame.x = x;
+    frame.y = top + row * (inverted ? frame.depth : rows - 1 - frame.depth);
     frame.width = pixels;
     frame.rect.setAttribute("x", x.toFixed(2));
+    frame.rect.setAttribute("y", frame.y);
     frame.rect.setAttribute("width", pixels.toFixed(2));
     frame.node.classList.toggle("thin", pixels < 2);
     const shown = label(frame, pixels);
-    if (shown && !frame.text) {
-      frame.text = make(frame.node, SVG, "text", { y: Number(frame.rect.getAttribute("y")) + 12 });
-    }
+    if (shown && !frame.text) frame.text = make(frame.node, SVG, "text", {});
     if (frame.text) {
+      frame.text.setAttribute("y", frame.y + 12);
       frame.text.setAttribute("x", (x + inset).toFixed(2));
       frame.text.textContent = shown;
     }
@@ -147,7 +149,8 @@
     }
     const bound = hidden > 0 && matched < total ? "\u2265 " : "";
     const share = total ? (100 * matched / total).toFixed(2) : "0.00";
-    output.textContent = `matched ${bound}${share} % \u00b7 ${time(matched)} \u00b7 ${hits} frame${hits === 1 ? "" : "s"}`;
+    const counted = hits === 1 ? "1 frame" : hits + " frames";
+    output.textContent = `matched ${bound}${share} % \u00b7 ${time(matched)} \u00b7 ${counted}`;
   }
 
   function time(us) {
@@ -171,8 +174,13 @@
   const tools = make(box, HTML, "div", { class: "tools" });
   const output = make(tools, HTML, "output", { "aria-live": "polite" });
   const input = make(tools, HTML, "input", {
-    type: "search", placeholder: "Search (regex)   /", "aria-label": "Search frames by regular expression", spellcheck: "false",
+    type: "search", placeholder: "Search (regex)   /", spellcheck: "false",
+    "aria-label": "Search frames by regular expression",
   });
+  const flip = make(tools, HTML, "button", {
+    type: "button", class: "flip", title: "Root at the top or at the bottom",
+  });
+  flip.textContent = "Flip";
   const reset = make(tools, HTML, "button", { type: "button", class: "reset" });
   reset.textContent = "Reset zoom";
   reset.disabled = true;
@@ -189,6 +197,10 @@
     event.stopPropagation();
   });
   reset.addEventListener("click", () => zoom(all));
+  flip.addEventListener("click", () => {
+    inverted = !inverted;
+    layOut();
+  });
 
   // --- tooltip and focus ring -------------------------------------------------------------------
   const rings = [0, 1].map(() => make(root, SVG, "rect", { class: "ring", visibility: "hidden", rx: 2 }));
@@ -198,14 +210,16 @@
 
   function showTip(frame, clientX, clientY) {
     const room = Math.floor((Math.min(width, 900) - 40) / cell);
-    const lines = [];
-    for (let rest = Array.from(frame.name); rest.length; rest = rest.slice(room)) lines.push(rest.slice(0, room).join(""));
+    const lines = [], chars = Array.from(frame.name);
+    for (let i = 0; i < chars.length; i += room) lines.push(chars.slice(i, i + room).join(""));
     words.replaceChildren();
     lines.concat(frame.about).forEach((line, i) => {
-      const span = make(words, SVG, "tspan", { x: 9, y: 18 + 16 * i, class: i < lines.length ? "name" : "what" });
+      const what = i < lines.length ? "name" : "what";
+      const span = make(words, SVG, "tspan", { x: 9, y: 18 + 16 * i, class: what });
       span.textContent = line;
     });
-    const wide = words.getComputedTextLength ? Math.max(...Array.from(words.children, (span) => span.getComputedTextLength())) + 18 : 0;
+    const lengths = Array.from(words.children, (span) => span.getComputedTextLength());
+    const wide = Math.max(...lengths) + 18;
     const high = 16 * (lines.length + 1) + 11;
     plate.setAttribute("width", wide);
     plate.setAttribute("height", high);
@@ -227,7 +241,7 @@
       rect.setAttribute("visibility", on ? "visible" : "hidden");
       if (!on) continue;
       rect.setAttribute("x", current.x - 1);
-      rect.setAttribute("y", Number(current.rect.getAttribute("y")) - 1);
+      rect.setAttribute("y", current.y - 1);
       rect.setAttribute("width", current.width + 2);
       rect.setAttribute("height", row + 1);
     }
@@ -260,8 +274,8 @@
   const moves = {
     ArrowLeft: (frame) => beside(frame, -1),
     ArrowRight: (frame) => beside(frame, 1),
-    [inverted ? "ArrowDown" : "ArrowUp"]: inward,
-    [inverted ? "ArrowUp" : "ArrowDown"]: (frame) => frame.parent,
+    ArrowUp: (frame) => (inverted ? frame.parent : inward(frame)),
+    ArrowDown: (frame) => (inverted ? inward(frame) : frame.parent),
     Home: () => all,
   };
 

@@ -125,7 +125,7 @@ def test_click_zooms_and_the_button_resets(browser: Browser, tmp_path: Path) -> 
         ("do_syscall_64", False), ("schedule", False),
     ]  # fmt: skip
     assert {round(f["width"]) for f in frames} == {round(before[0]["width"])}
-    reset = browser.find(".tools button")
+    reset = browser.find(".tools .reset")
     assert browser.run("return arguments[0].disabled", reset) is False
     browser.click(reset)
     assert [f | {"focused": 0, "tab": 0} for f in state(browser)] == [
@@ -217,7 +217,8 @@ def test_keyboard_alone_is_enough(browser: Browser, tmp_path: Path, inverted: bo
     into, out = ("ArrowDown", "ArrowUp") if inverted else ("ArrowUp", "ArrowDown")
     browser.press("Tab")
     assert browser.run("return document.activeElement.localName") == "input"
-    browser.press("Tab")  # the reset button is disabled: straight to the frames
+    browser.press("Tab")  # Flip; the reset button is disabled
+    browser.press("Tab")
     assert focused(browser) == ("all · 1.00 s", 0)
     for key, expected in (
         (into, ("app", 1)), ("ArrowRight", ("node", 1)), ("ArrowRight", ("[not sampled]", 1)),
@@ -240,6 +241,25 @@ def test_keyboard_alone_is_enough(browser: Browser, tmp_path: Path, inverted: bo
     assert focused(browser) == ("lock", 3)
 
 
+def test_flip_turns_the_picture_over_and_the_arrows_with_it(
+    browser: Browser, tmp_path: Path
+) -> None:
+    upright, inverted = drawn(to_svg(SMALL)), drawn(to_svg(SMALL, inverted=True))
+    show(browser, tmp_path)
+    flip = browser.find(".tools .flip")
+    for still, key in ((inverted, "ArrowDown"), (upright, "ArrowUp")):
+        browser.click(flip)
+        assert [f["y"] for f in state(browser)] == [box.y for box in still]
+        browser.press("Tab")
+        browser.press("Home")
+        browser.press(key)
+        assert focused(browser) == ("app", 1)
+    browser.click(flip)
+    click(browser, "read")
+    browser.press("Escape")
+    assert [f["y"] for f in state(browser)] == [box.y for box in inverted]
+
+
 def test_the_focus_ring_is_around_the_focused_frame(browser: Browser, tmp_path: Path) -> None:
     ring = (
         "const [ring] = document.querySelectorAll('.ring'); const box = ring.getBBox();"
@@ -247,8 +267,8 @@ def test_the_focus_ring_is_around_the_focused_frame(browser: Browser, tmp_path: 
     )
     show(browser, tmp_path)
     assert browser.run(ring)[0] == "hidden"
-    browser.press("Tab")
-    browser.press("Tab")
+    for _ in range(3):
+        browser.press("Tab")
     for key in ("ArrowUp", "ArrowUp", "Enter"):
         browser.press(key)
         visibility, x, width = browser.run(ring)
