@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from latrace.tracer.commands.console import silence_stdout
 from latrace.tracer.errors import LatraceError
 
 _EXIT_FAILED, _EXIT_USAGE = 1, 2
@@ -18,10 +19,10 @@ def main(args: Sequence[str] | None = None) -> int:
     try:
         code = _run(args)
         sys.stdout.flush()
-    except (BrokenPipeError, KeyboardInterrupt) as stopped:
-        _silence_stdout()
-        if isinstance(stopped, BrokenPipeError):  # the reader of our output had enough
-            return 0
+    except BrokenPipeError:  # the reader of our output had enough
+        silence_stdout()
+        return _EXIT_FAILED
+    except KeyboardInterrupt:
         return _fail("interrupted", "")
     return code
 
@@ -71,10 +72,3 @@ def _open_closed_streams() -> None:
         sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
     if sys.stderr is None:
         sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
-
-
-def _silence_stdout() -> None:
-    """Keep the interpreter from complaining about unwritten output when it ends."""
-    sink = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(sink, 1)
-    os.close(sink)

@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import TextIO
 
+from latrace.tracer.errors import LatraceError
+
 _USUAL_WIDTH = 80
 _MIN_WIDTH = 40
 
@@ -47,6 +49,32 @@ class Status:
 
     def _write(self, text: str) -> None:
         self.write(text + "\n")
+
+
+def write_out(data: str | bytes) -> None:
+    """Write the answer to stdout.
+
+    Raises `BrokenPipeError` when its reader had enough, `LatraceError` when it can not be written.
+    """
+    raw = data.encode(sys.stdout.encoding, "backslashreplace") if isinstance(data, str) else data
+    try:
+        sys.stdout.flush()
+        sys.stdout.buffer.write(raw)
+        sys.stdout.buffer.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        silence_stdout()
+        raise LatraceError(
+            f"can not write to standard output: {error.strerror}", hint="is the disk full?"
+        ) from error
+
+
+def silence_stdout() -> None:
+    """Keep the interpreter from complaining about unwritten output when it ends."""
+    sink = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(sink, 1)
+    os.close(sink)
 
 
 def is_terminal(stream: TextIO) -> bool:

@@ -14,7 +14,7 @@ import typer
 from latrace.analysis import words
 from latrace.tracer.caller import calling_account
 from latrace.tracer.commands import params
-from latrace.tracer.commands.console import Status, program, width_of
+from latrace.tracer.commands.console import Status, program, width_of, write_out
 from latrace.tracer.commands.quantities import parse_run_time, show_seconds
 from latrace.tracer.commands.signals import StopOnSignals
 from latrace.tracer.commands.tracing import (
@@ -103,8 +103,7 @@ def demo(
     give_up_root()
     summary = read_summary(path)
     print_summary(summary, as_json=False)
-    sys.stdout.write(_explanation(alone, beside, summary))
-    sys.stdout.flush()
+    write_out(_explanation(alone, beside, summary))
     picture = _draw(path)
     status.say(f"Wrote {shown_path(path)} ({size_of(path)}) and {shown_path(picture)}")
     say_next(

@@ -13,7 +13,7 @@ import typer
 
 from latrace import __version__
 from latrace.analysis.words import visible
-from latrace.tracer.commands.console import program, wants_colour, width_of
+from latrace.tracer.commands.console import program, wants_colour, width_of, write_out
 from latrace.tracer.doctor import Check, run_checks, sudo
 from latrace.tracer.errors import HostError
 
@@ -50,9 +50,9 @@ def doctor(
             "ok": not any(check.state == "fail" for check in checks),
             "checks": [asdict(check) for check in checks],
         }
-        sys.stdout.write(json.dumps(document, indent=2) + "\n")
+        write_out(json.dumps(document, indent=2) + "\n")
     else:
-        sys.stdout.write(
+        write_out(
             render_checks(
                 checks,
                 verbose=verbose,
@@ -60,7 +60,6 @@ def doctor(
                 colour=wants_colour(sys.stdout),
             )
         )
-    sys.stdout.flush()
     failed = [check for check in checks if check.state == "fail"]
     if failed:
         raise HostError(f"{failed[0].name}: {failed[0].finding}", hint=failed[0].remedy)

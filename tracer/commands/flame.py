@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -11,7 +10,7 @@ import typer
 
 from latrace.analysis.words import size
 from latrace.tracer.commands import params
-from latrace.tracer.commands.console import Status
+from latrace.tracer.commands.console import Status, write_out
 from latrace.tracer.errors import UsageError
 from latrace.tracer.outputs import DEFAULT_NAME, open_output_file
 
@@ -84,8 +83,7 @@ def flame(
 
     data = render(build_profile(open_capture(source), kind=kind.value), _EXTENSIONS[chosen])
     if out == "-":
-        sys.stdout.buffer.write(data)
-        sys.stdout.flush()
+        write_out(data)
         return
     path = Path(out)
     with open_output_file(path, force=force) as stream:

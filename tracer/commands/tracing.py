@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from latrace.analysis.words import size
 from latrace.tracer.caller import become, calling_account
-from latrace.tracer.commands.console import Status, program, wants_colour, width_of
+from latrace.tracer.commands.console import Status, program, wants_colour, width_of, write_out
 from latrace.tracer.commands.quantities import show_seconds
 from latrace.tracer.commands.signals import StopOnSignals
 from latrace.tracer.errors import LatraceError
@@ -122,8 +122,7 @@ def print_summary(summary: dict[str, Any], *, as_json: bool) -> None:
         text = render_text(
             summary, width=width_of(sys.stdout), colour=wants_colour(sys.stdout)
         ).rstrip("\n")
-    sys.stdout.write(text + "\n")
-    sys.stdout.flush()
+    write_out(text + "\n")
 
 
 def say_written(path: Path, *, status: Status) -> None:
