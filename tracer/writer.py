@@ -11,6 +11,7 @@ pyarrow is imported when a writer is made, not with this module: the probes are 
 
 from __future__ import annotations
 
+import copy
 import errno
 import json
 import os
@@ -92,7 +93,11 @@ def _strings(values: Sequence[str | None]) -> pa.Array:
 
 
 def _escaped(value: str) -> str:
-    return value.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    try:
+        raw = value.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:  # a surrogate that stands for no byte
+        raw = value.encode("utf-8", "backslashreplace")
+    return raw.decode("utf-8", "backslashreplace")
 
 
 class CaptureWriter:
@@ -130,9 +135,9 @@ class CaptureWriter:
         """
         target = self._tables.get(table)
         if target is None:
-            target = self._tables[table] = _Table(table, self._schemas[table], batch)
-        rows = target.add(batch)
-        self.rows[table] += rows
+            target = _Table(table, self._schemas[table], batch)
+        self.rows[table] += target.add(batch)
+        self._tables[table] = target
         if target.pending_rows >= _PENDING_ROWS:
             self.flush()
 
@@ -150,10 +155,12 @@ class CaptureWriter:
 
         Raises LatraceError.
         """
-        _merge(self._manifest, changes)
+        merged = copy.deepcopy(self._manifest)
+        _merge(merged, changes)
+        text = json.dumps(merged, indent=1, allow_nan=False, default=_plain)
+        self._manifest = merged
         if self._dead:
             return
-        text = json.dumps(self._manifest, indent=1, allow_nan=False, default=_plain)
         try:
             self._out.replace(self._manifest_name, text.encode("ascii") + b"\n")
         except LatraceError:
