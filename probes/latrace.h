@@ -70,10 +70,10 @@ struct cpu_state {
 	u64 rows, stacks;
 	u64 lost_waits, lost_stacks, lost_threads;	/* the ring was full */
 	u64 missed_stacks;		/* the thread never came by to have it taken */
-	u64 discarded, no_start, recovered, no_storage, open_at_start;
+	u64 discarded, no_start, missed_switches, recovered, no_storage, open_at_start;
 	/* the kernel's books, task->sched_info */
 	u64 timed_waits, timed_ns, kernel_ns, kernel_count, blind_waits, blind_ns;
-	u64 pad[8];			/* no two CPUs share a cache line */
+	u64 pad[7];			/* no two CPUs share a cache line */
 };
 
 struct comm_pattern { u64 value[2], mask[2]; };

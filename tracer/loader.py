@@ -24,7 +24,7 @@ from .errors import HostError
 PROBES = Path(latrace.probes.__path__[0])
 
 # In the order they are joined: bcc rewrites map accesses in the main file only.
-_SOURCES = (
+SOURCES = (
     "latrace.h",
     "wait.h",
     "sample.h",
@@ -203,7 +203,7 @@ def load(btf: Btf, build: Build) -> Probes:
         "SELF_TGID": os.getpid(),
     }
     BPF = import_bcc()
-    text = "".join(f'#line 1 "{name}"\n{(PROBES / name).read_text()}' for name in _SOURCES)
+    text = "".join(f'#line 1 "{name}"\n{(PROBES / name).read_text()}' for name in SOURCES)
     flags = [f"-D{name}={value}" for name, value in constants.items()]
     try:
         module = BPF(text=text, cflags=[*flags, f"-I{PROBES}", "-Wno-unused-function"])

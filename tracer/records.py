@@ -150,6 +150,7 @@ CPU_STATE = np.dtype(
         ("missed_stacks", "<u8"),
         ("discarded", "<u8"),
         ("no_start", "<u8"),
+        ("missed_switches", "<u8"),
         ("recovered", "<u8"),
         ("no_storage", "<u8"),
         ("open_at_start", "<u8"),
@@ -159,7 +160,7 @@ CPU_STATE = np.dtype(
         ("kernel_count", "<u8"),
         ("blind_waits", "<u8"),
         ("blind_ns", "<u8"),
-        ("pad", "<u8", 8),
+        ("pad", "<u8", 7),
     ]
 )
 CONTROL = np.dtype(

@@ -450,6 +450,7 @@ class Tracer:
             "lost_stacks": counters["lost_stacks"] + counters["missed_stacks"] + self._lost_stacks,
             "open_at_start": counters["open_at_start"],
             "no_start": counters["no_start"],
+            "missed_switches": counters["missed_switches"],
             "recovered": counters["recovered"],
             "discarded": counters["discarded"],
             "no_storage": counters["no_storage"],
