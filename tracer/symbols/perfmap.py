@@ -29,12 +29,17 @@ for _digits in (b"0123456789abcdef", b"0123456789ABCDEF"):
     _HEX[np.frombuffer(_digits, dtype=np.uint8)] = np.arange(16, dtype=np.uint8)
 
 
+def perf_map_path(inner_pid: int) -> str:
+    """Where a compiler writes its map, as its own process sees it: perf's convention."""
+    return f"/tmp/perf-{inner_pid}.map"  # noqa: S108 - what lies there is judged when opened
+
+
 def open_perf_map(root: Fd, *, inner_pid: int, uid: int) -> Fd:
     """The target's perf map, open for reading.
 
     Raises FileNotFoundError without one, Refused for one that must not be believed, OSError.
     """
-    pinned = open_beneath(root.number, f"/tmp/perf-{inner_pid}.map", flags=os.O_NOFOLLOW)  # noqa: S108 - the name is the convention
+    pinned = open_beneath(root.number, perf_map_path(inner_pid), flags=os.O_NOFOLLOW)
     status = regular(pinned, limit=SIZE_LIMIT)
     if status.st_uid != uid:
         raise Refused("owned by another user")

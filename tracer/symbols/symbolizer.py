@@ -26,7 +26,7 @@ from latrace.tracer.symbols.maps import (
     parse_maps,
     renew,
 )
-from latrace.tracer.symbols.perfmap import PerfMap, open_perf_map
+from latrace.tracer.symbols.perfmap import PerfMap, open_perf_map, perf_map_path
 from latrace.tracer.symbols.procfs import Fd, Identity, ProcessDir, Refused, open_beneath
 from latrace.tracer.symbols.table import U64, Image
 
@@ -93,10 +93,10 @@ class Symbolizer:
     does makes a method raise; what could not be had is counted in `stats`.
     """
 
-    def __init__(self, *, privileged: bool = True) -> None:
+    def __init__(self, *, privileged: bool = True, worker: Worker | None = None) -> None:
         """`privileged`: try /proc/PID/map_files, which needs CAP_SYS_ADMIN."""
         self._privileged = privileged
-        self._worker = Worker()
+        self._worker = worker or Worker()
         self._files = FileTable(self._worker)
         self._kernel: KernelSymbols | None = None
         self._processes: OrderedDict[int, _Process] = OrderedDict()
@@ -271,7 +271,7 @@ class Symbolizer:
         if why and why != process.refused:
             self._refused[why] += 1
             if len(self._refusals) < REFUSALS_KEPT:
-                path = f"/tmp/perf-{process.identity.inner_pid}.map"  # noqa: S108 - as above
+                path = perf_map_path(process.identity.inner_pid)
                 self._refusals.append({"tgid": tgid, "path": path, "why": why})
         process.refused = why
         self._grow_perf_map(process, JIT_REMEMBER_BYTES)
@@ -350,8 +350,9 @@ class Symbolizer:
             self._take_perf_map(tgid, process)
         jit = self._resolve_jit(process, wanted, np.flatnonzero(~in_file))
         frames = []
-        files, starts, found = numbers.tolist(), values.tolist(), symbols.tolist()
-        for (addr, back), number, value, symbol in zip(pairs, files, starts, found, strict=True):
+        columns = np.stack((numbers, symbols), axis=1).tolist()
+        places: list[int] = values.tolist()
+        for (addr, back), (number, symbol), value in zip(pairs, columns, places, strict=True):
             owner = process.files[number] if number >= 0 else None
             compiled = jit.get(addr - back)
             if compiled is not None:

@@ -7,7 +7,7 @@ import subprocess
 import time
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from symbols_tools import build, need
 
@@ -78,6 +78,7 @@ def test_the_worker_s_demangler_takes_both_languages(mangled, readable):
     assert Demangler()(mangled) == readable
 
 
+@settings(deadline=None)
 @given(st.text(alphabet="_RNvCIMXYTBKLEsuGDFASPQO0123456789abjp", max_size=80))
 def test_no_rust_like_name_escapes(body):
     for name in ("_R" + body, "_ZN" + body + "17h0123456789abcdefE"):
@@ -85,6 +86,7 @@ def test_no_rust_like_name_escapes(body):
         assert readable is None or len(readable) <= max(OUTPUT_LIMIT, len(name)) + 64
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=80))
 def test_no_bytes_escape_the_demangler(body):
     demangler = Demangler()

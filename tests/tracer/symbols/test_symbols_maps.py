@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 import numpy as np
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from symbols_tools import addresses
 
@@ -42,6 +42,7 @@ def test_our_own_maps_are_understood():
     assert len(parse_maps(text)) == len(executable) > 0
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=200))
 def test_no_text_breaks_the_parser(text):
     parse_maps(text)
@@ -56,6 +57,7 @@ def ranges_of(cells: set[int], file: int):
 CELLS = st.sets(st.integers(0, 12))
 
 
+@settings(deadline=None)
 @given(CELLS, CELLS, st.integers(0, 8))
 def test_new_ranges_win_and_old_ones_stay_where_nothing_new_is(old, new, shift):
     """Old cells are shifted, so that some overlap a new one in part: those go as a whole."""

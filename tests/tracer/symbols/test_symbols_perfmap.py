@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from symbols_tools import addresses
 
@@ -63,6 +63,7 @@ ENTRIES = st.lists(
 )  # fmt: skip
 
 
+@settings(deadline=None)
 @given(entries=ENTRIES, cuts=st.lists(st.integers(0, 40), max_size=4))
 def test_of_all_that_hold_an_address_the_last_line_wins(tmp_path_factory, entries, cuts):
     """Written and read in pieces that end anywhere, also within a line."""
@@ -85,6 +86,7 @@ def test_of_all_that_hold_an_address_the_last_line_wins(tmp_path_factory, entrie
         path.unlink()
 
 
+@settings(deadline=None)
 @given(text=st.binary(max_size=300))
 def test_no_bytes_break_the_reader(tmp_path_factory, text):
     path = tmp_path_factory.getbasetemp() / "fuzzed.map"

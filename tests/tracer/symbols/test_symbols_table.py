@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from symbols_tools import addresses
 
@@ -23,6 +23,7 @@ def table_of(spans: Spans, tag: str = "f"):
     )
 
 
+@settings(deadline=None)
 @given(SPANS, st.lists(st.integers(0, 90), min_size=1))
 def test_the_innermost_function_that_holds_the_address_is_found(spans, wanted):
     table = table_of(spans)
@@ -34,6 +35,7 @@ def test_the_innermost_function_that_holds_the_address_is_found(spans, wanted):
         )
 
 
+@settings(deadline=None)
 @given(SPANS, SPANS)
 def test_merge_prefers_the_first_table_and_keeps_order(first, second):
     merged = merge(table_of(first, "a"), table_of(second, "b"))
@@ -56,6 +58,7 @@ def test_file_offsets_become_virtual_addresses_only_inside_segments():
     assert known.tolist() == [True, True, False, True, False]
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=64))
 def test_cleaned_names_are_printable_on_one_line(raw):
     text = clean(raw)
