@@ -1,4 +1,4 @@
-"""The one tree of expected failures: each carries a cause, a remedy and the exit code of the contract.
+"""The one tree of expected failures: each has a cause, a remedy and the contract's exit code.
 
 Anything that is not a `LatraceError` reaching the command line is a bug and shows its traceback.
 """
