@@ -172,7 +172,7 @@ class Capture:
                 if columns is None or column in columns
             ] or [0]  # Arrow takes an empty list for all; the number of rows is wanted
             with pa.OSFile(os.fspath(file)) as source:
-                options = ipc.IpcReadOptions(included_fields=chosen, use_threads=False)
+                options = ipc.IpcReadOptions(included_fields=chosen)
                 reader = ipc.open_stream(source, options=options)
                 for _ in range(extent.batches):
                     batch = reader.read_next_batch()

@@ -104,28 +104,32 @@ def _add(rows: Rows, table: pa.Table) -> None:
     rows.hist += np.bincount(slots, minlength=histogram.SLOTS).astype(np.uint64)
     rows.slot_ns += np.bincount(slots, wait, minlength=histogram.SLOTS)
     rows.last_run_ns = max(rows.last_run_ns, int(_numbers(table, "run_ns", 0).max(initial=0)))
-    for _, total in _groups(wait, blocked, {}):
-        rows.all.add(total)
-
     kinds, kind_names = _names(table, "kind")
-    for (kind,), total in _groups(wait, blocked, {"kind": kinds}):
-        rows.kinds.setdefault(kind_names[kind], Sum()).add(total)
-    who = {"tid": _numbers(table, "tid", 0), "tgid": _numbers(table, "tgid", 0)}
-    for (tid, tgid), total in _groups(wait, blocked, who):
-        rows.threads.setdefault((tid, tgid), Sum()).add(total)
-    comms, comm_names = _names(table, "waker")
     contexts, context_names = _names(table, "waker_ctx")
-    waker = {
-        "ctx": contexts,
-        "tid": _numbers(table, "waker_tid", 0),
-        "tgid": _numbers(table, "waker_tgid", 0),
-        "comm": comms,
-    }
-    for (context, tid, tgid, comm), total in _groups(wait, blocked, waker):
-        key = (context_names[context], tid, tgid, comm_names[comm])
-        rows.wakers.setdefault(key, Sum()).add(total)
+    comms, comm_names = _names(table, "waker")
     calls, call_names = _names(table, "syscall")
-    for (call,), total in _groups(wait, blocked, {"call": calls}):
+    keys = {
+        "kind": kinds,
+        "tid": _numbers(table, "tid", 0),
+        "tgid": _numbers(table, "tgid", 0),
+        "ctx": contexts,
+        "waker_tid": _numbers(table, "waker_tid", 0),
+        "waker_tgid": _numbers(table, "waker_tgid", 0),
+        "comm": comms,
+        "call": calls,
+    }
+    # Once over the rows by everything, then over what is left of them by each.
+    parts = _parts(wait, blocked, keys)
+    for _, total in _groups(parts, []):
+        rows.all.add(total)
+    for (kind,), total in _groups(parts, ["kind"]):
+        rows.kinds.setdefault(kind_names[kind], Sum()).add(total)
+    for (tid, tgid), total in _groups(parts, ["tid", "tgid"]):
+        rows.threads.setdefault((tid, tgid), Sum()).add(total)
+    for (ctx, tid, tgid, comm), total in _groups(parts, ["ctx", "waker_tid", "waker_tgid", "comm"]):
+        key = (context_names[ctx], tid, tgid, comm_names[comm])
+        rows.wakers.setdefault(key, Sum()).add(total)
+    for (call,), total in _groups(parts, ["call"]):
         rows.syscalls.setdefault(call_names[call], Sum()).add(total)
     _add_stacks(rows, table)
 
@@ -135,31 +139,47 @@ def _add_stacks(rows: Rows, table: pa.Table) -> None:
     weight = _numbers(table, "weight_ns", 0)
     blocked_weight = _numbers(table, "blocked_weight_ns", 0)
     sampled = (stack >= 0) | (weight > 0) | (blocked_weight > 0)
-    by_stack = {"stack": stack[sampled]}
-    for (number,), total in _groups(weight[sampled], blocked_weight[sampled], by_stack):
+    parts = _parts(weight[sampled], blocked_weight[sampled], {"stack": stack[sampled]})
+    for (number,), total in _groups(parts, ["stack"]):
         entry = rows.stacks.setdefault(number, StackSum())
         entry.samples += total.count
         entry.wait_ns += total.wait_ns
         entry.blocked_ns += total.blocked_ns
 
 
-def _groups(
+_SUMS = ("count", "wait_ns", "max_ns", "blocked", "blocked_ns")  # the fields of Sum
+_AGGREGATES = ("wait_ns_count", "wait_ns_sum", "wait_ns_max", "blocked_sum", "blocked_ns_sum")
+
+
+def _parts(
     wait: npt.NDArray[Any], blocked: npt.NDArray[Any], keys: dict[str, npt.NDArray[Any]]
-) -> Iterator[tuple[tuple[int, ...], Sum]]:
-    """Sum waiting and blocked times for each combination of the keys."""
-    if not len(wait):
-        return
-    table = pa.table({**keys, "_wait": wait, "_blocked": blocked, "_blocks": blocked > 0})
-    grouped = table.group_by(list(keys), use_threads=False).aggregate(
-        [
-            ("_wait", "count"),
-            ("_wait", "sum"),
-            ("_wait", "max"),
-            ("_blocks", "sum"),
-            ("_blocked", "sum"),
-        ]
+) -> pa.Table:
+    """Sum up rows that agree in all keys: a column for each key and each field of `Sum`."""
+    columns = {**keys, "wait_ns": wait, "blocked": blocked > 0, "blocked_ns": blocked}
+    return (
+        pa.table(columns)
+        .group_by(list(keys))
+        .aggregate(
+            [
+                ("wait_ns", "count"),
+                ("wait_ns", "sum"),
+                ("wait_ns", "max"),
+                ("blocked", "sum"),
+                ("blocked_ns", "sum"),
+            ]
+        )
+        .select([*keys, *_AGGREGATES])
+        .rename_columns([*keys, *_SUMS])
     )
-    names = [*keys, "_wait_count", "_wait_sum", "_wait_max", "_blocks_sum", "_blocked_sum"]
+
+
+def _groups(parts: pa.Table, keys: list[str]) -> Iterator[tuple[tuple[int, ...], Sum]]:
+    """Add up parts for each combination of some of their keys."""
+    if not parts.num_rows:
+        return
+    how = [(name, "max" if name == "max_ns" else "sum") for name in _SUMS]
+    grouped = parts.group_by(keys).aggregate(how)
+    names = [*keys, *(f"{name}_{function}" for name, function in how)]
     for line in zip(*(grouped[name].to_pylist() for name in names), strict=True):
         yield line[: len(keys)], Sum(*line[len(keys) :])
 

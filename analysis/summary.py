@@ -57,7 +57,7 @@ def summarise(capture: Capture, *, top: int = 10) -> dict[str, Any]:
                 "max_ns": entry.sum.max_ns,
                 "blocked_ns": entry.sum.blocked_ns,
             }
-            for tgid, entry in sorted(processes.items(), key=lambda item: -item[1].sum.wait_ns)
+            for tgid, entry in sorted(processes.items(), key=_most_waiting_first)
         ][:top],
         "threads": threads[:top],
         "waiting_at_end": _waiting_at_end(threads)[:top],
@@ -143,6 +143,10 @@ def _waits(
     }
 
 
+def _most_waiting_first(item: tuple[int, _Process]) -> tuple[int, int]:
+    return -item[1].sum.wait_ns, item[0]
+
+
 # --- who and where -----------------------------------------------------------------------------
 
 
@@ -210,7 +214,7 @@ def _wakers(rows: Rows) -> list[dict[str, Any]]:
         }
         for (context, tid, tgid, comm), total in merged.items()
     ]
-    return sorted(listed, key=lambda waker: (-int(waker["wait_ns"]), waker["tid"]))
+    return sorted(listed, key=lambda one: (-int(one["wait_ns"]), one["tid"], one["ctx"]))
 
 
 def _syscalls(rows: Rows) -> list[dict[str, Any]]:
