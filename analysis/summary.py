@@ -20,6 +20,7 @@ from latrace.analysis.rows import Rows, StackSum, Sum, scan
 from latrace.analysis.schema import SCHEMA_VERSION
 
 _KINDS = ("wakeup", "new", "preempted")
+_UNKNOWN = "[unknown]"
 _QUALITY_COUNTS = ("lost_events", "lost_stacks", "open_at_start", "open_at_end")
 
 
@@ -277,10 +278,8 @@ def _frames_of(capture: Capture, numbers: set[int]) -> dict[int, dict[str, Any]]
 def _frame_name(frame: Mapping[str, Any]) -> str:
     if frame.get("symbol"):
         return str(frame["symbol"])
-    if frame.get("module"):
-        module = str(frame["module"]).rsplit("/", 1)[-1]
-        return f"{module}+{frame.get('offset') or 0:#x}"
-    return "[unknown]"
+    module = str(frame.get("module") or _UNKNOWN).rsplit("/", 1)[-1]
+    return module if module == _UNKNOWN else f"{module}+{frame.get('offset') or 0:#x}"
 
 
 # --- what the manifest says --------------------------------------------------------------------

@@ -149,10 +149,11 @@ def _warnings(summary: Summary) -> Iterator[str]:
     coverage = quality["coverage"]
     if coverage is not None and abs(coverage - 1) > _AGREES:
         seen, kernel = (duration(quality[f"{who}_run_delay_ns"]) for who in ("traced", "kernel"))
-        yield (
-            f"The kernel's own books have {kernel} of waiting, latrace saw {seen} of it "
-            f"({100 * coverage:.1f} %): do not trust totals further than that."
+        text = (
+            f"latrace counted {seen} for the waits that the kernel's own books time at {kernel} "
+            f"({100 * coverage:.1f} %): totals may be that much too "
         )
+        yield text + ("low." if coverage < 1 else "high.")
 
 
 def _degradation(entry: Mapping[str, Any], start_ns: int) -> str:
@@ -268,12 +269,18 @@ def _wakers(page: _Page, summary: Summary) -> None:
             ("waits", "waited"),
             (
                 (
-                    _CONTEXTS.get(waker["ctx"]) or _who(waker["tid"], waker["comm"]),
+                    _waker(waker),
                     [f"{waker['waits']:,}", duration(waker["wait_ns"])],
                 )
                 for waker in wakers[:_LISTED]
             ),
         )
+
+
+def _waker(waker: Mapping[str, Any]) -> str:
+    if waker["ctx"] in _CONTEXTS:
+        return _CONTEXTS[waker["ctx"]]
+    return _who(waker["tid"], waker["comm"] or ("the idle task" if waker["tid"] == 0 else ""))
 
 
 def _syscalls(page: _Page, summary: Summary) -> None:

@@ -118,7 +118,17 @@ def test_bad_news_is_loud(worst: dict[str, Any]) -> None:
     assert any("stacks could not be kept" in line for line in loud)
     assert any("From 1.00 s on" in line for line in loud)
     assert any("and 12 more changes" in line for line in loud)
-    assert any("10.0 %" in line for line in loud)
+    assert any("(10.0 %): totals may be that much too low" in line for line in loud)
+
+
+def test_more_than_the_books_have_is_loud_too(summary: dict[str, Any]) -> None:
+    odd = copy.deepcopy(summary)
+    odd["quality"].update(
+        coverage=1.058, kernel_run_delay_ns=235_000_000, traced_run_delay_ns=249_000_000
+    )
+    text = render_text(odd, width=200)
+    assert "!!! latrace counted 249 ms" in text
+    assert "235 ms (105.8 %): totals may be that much too high" in text
 
 
 def test_sums_of_rows_are_not_called_exact(tmp_path: Path) -> None:

@@ -242,6 +242,21 @@ def test_stacks_by_weight_and_by_wholeness(tmp_path: Path) -> None:
     assert lost == [{"weight_ns": 4, "whole": False, "user": [], "kernel": []}]
 
 
+def test_frames_that_nothing_is_known_of(tmp_path: Path) -> None:
+    frames = {
+        "id": [0, 1, 2, 3],
+        "symbol": [None, None, "", None],
+        "module": ["/a/b.so", "[unknown]", None, "b.so"],
+        "offset": np.array([16, 17, 18, 0], np.uint64),
+        "space": ["user"] * 4,
+    }
+    stacks = {"id": [5], "frames": [[0, 1, 2, 3, 99]], "whole": [True]}
+    waits = {"stack": [5], "weight_ns": [1], "wait_ns": [1]}
+    summary = summary_of(tmp_path / "c", {"waits": waits, "stacks": stacks, "frames": frames})
+    (stack,) = summary["stacks"]["wait"]
+    assert stack["user"] == ["b.so+0x10", "[unknown]", "[unknown]", "b.so+0x0", "[unknown]"]
+
+
 def test_lists_are_cut_to_the_greatest(tmp_path: Path) -> None:
     waits = {"wait_ns": np.arange(1, 31, dtype=np.uint64), "tid": list(range(1, 31))}
     capture = open_capture(write_capture(tmp_path / "c", {"waits": waits}))
