@@ -132,7 +132,8 @@ class PerfMap:
         self._count += kept.size
         self._sorted = False
 
-    def _sort(self) -> None:
+    def sort(self) -> None:
+        """Make new entries ready for `lookup`, which else does it: the costly part of growing."""
         if self._sorted:
             return
         if self._pieces:
@@ -152,7 +153,7 @@ class PerfMap:
 
     def lookup(self, addrs: U64) -> I64:
         """Index of the newest entry that holds each address, -1 where none does."""
-        self._sort()
+        self.sort()
         result = np.full(addrs.shape, -1, dtype=np.int64)
         if not self._count:
             return result

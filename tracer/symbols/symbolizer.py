@@ -43,6 +43,12 @@ JIT_RESOLVE_BYTES: Final = 32 << 20
 """How much of a perf map one call indexes at most: a growing one cannot hold us up."""
 REFUSALS_KEPT: Final = 32
 LOOK_AGAIN_S: Final = 0.1
+"""How long after a look at a process an address in no mapping brings about another."""
+SPENT_SHARE: Final = 20
+"""Looking again waits for so many times what the last look took: no target, however many
+mappings and JIT entries it makes, gets more than a twentieth of our time for them."""
+CHEAP_S: Final = 0.01
+"""Indexing what was appended to a perf map is not put off when it last took less than this."""
 FILES_LIMIT: Final = 1 << 16
 """Mapped files remembered for one process; one that maps ever new ones begins anew."""
 
@@ -66,7 +72,8 @@ class _Process:
     refused: str = ""
     deaths: int = 0
     # Looked-up addresses to frames: whole, and those that a growing perf map may change.
-    looked_at: float = 0.0
+    look_again_at: float = 0.0
+    grow_again_at: float = 0.0
     # Looked-up addresses to frames, exact ones and return addresses: those of parsed files, and
     # those that a growing perf map or a new mapping may change.
     lasting: tuple[_Cache, _Cache] = field(default_factory=lambda: ({}, {}))
@@ -130,6 +137,17 @@ class Symbolizer:
 
     def _look(self, tgid: int, only: _Process | None) -> None:
         """Look at a process; with `only`, at nobody else who has its id by now."""
+        began = time.monotonic()
+        process = self._open(tgid, only) or only
+        if process is not None:
+            if process is self._processes.get(tgid):
+                self._take_perf_map(tgid, process)
+            ended = time.monotonic()
+            wait = max(LOOK_AGAIN_S, SPENT_SHARE * (ended - began))
+            process.look_again_at = ended + wait
+
+    def _open(self, tgid: int, only: _Process | None) -> _Process | None:
+        """Read its maps and open its files; None where that cannot be."""
         try:
             with ProcessDir(tgid) as folder:
                 identity = folder.identity()
@@ -137,24 +155,21 @@ class Symbolizer:
                 if process is None or process.identity.start_time != identity.start_time:
                     if only is not None:
                         self._counts["gone"] += 1
-                        only.looked_at = time.monotonic()
-                        return
+                        return None
                     self.forget(tgid)
                     process = self._processes[tgid] = _Process(identity)
                     while len(self._processes) > PROCESS_LIMIT:
                         self.forget(next(iter(self._processes)))
                         self._counts["processes_evicted"] += 1
                 process.identity = identity
-                process.looked_at = time.monotonic()
                 self._take_root(process, folder)
                 self._take_maps(process, folder)
+                return process
         except (FileNotFoundError, ProcessLookupError):
             self._counts["gone"] += 1
-            return
         except (OSError, ValueError, IndexError):
             self._counts["unreadable"] += 1
-            return
-        self._take_perf_map(tgid, process)
+        return None
 
     def forget(self, tgid: int) -> None:
         """Drop what is known of a process; parsed files are kept for others."""
@@ -277,8 +292,15 @@ class Symbolizer:
         self._grow_perf_map(process, JIT_REMEMBER_BYTES)
 
     def _grow_perf_map(self, process: _Process, budget: int) -> None:
-        if process.perf_map is not None and process.perf_map.catch_up(budget):
+        began = time.monotonic()
+        if process.perf_map is None or began < process.grow_again_at:
+            return
+        if process.perf_map.catch_up(budget):
+            process.perf_map.sort()
             process.clear(passing_only=True)
+        ended = time.monotonic()
+        if ended - began > CHEAP_S:
+            process.grow_again_at = ended + SPENT_SHARE * (ended - began)
 
     def _close_perf_map(self, process: _Process) -> None:
         if process.perf_map is not None:
@@ -319,7 +341,7 @@ class Symbolizer:
         """Frames of unique (address, bytes to look behind it), put into the caches as well."""
         wanted = np.array([addr - back for addr, back in pairs], dtype=np.uint64)
         where = process.ranges.find(wanted)
-        stale = time.monotonic() - process.looked_at > LOOK_AGAIN_S
+        stale = time.monotonic() > process.look_again_at
         if stale and (where < 0).any():
             # Mapped since the last look, or rubbish from a walk along no frame pointers.
             self._look(tgid, process)
@@ -346,7 +368,7 @@ class Symbolizer:
 
         if stale and process.perf_map is None and not in_file.all():
             # Compilers make their map when they compile first, long after their memory.
-            process.looked_at = time.monotonic()
+            process.look_again_at = time.monotonic() + LOOK_AGAIN_S
             self._take_perf_map(tgid, process)
         jit = self._resolve_jit(process, wanted, np.flatnonzero(~in_file))
         frames = []
