@@ -18,7 +18,6 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from hashlib import sha256
-from pathlib import Path
 from types import TracebackType
 from typing import NoReturn, Self
 
@@ -34,7 +33,7 @@ WORK_MS = 1.5
 
 _MESSAGE_BYTES = 16
 _PAGE = bytes(16 << 10)
-_PR_SET_PDEATHSIG = 1
+_PR_SET_PDEATHSIG, _PR_SET_NAME = 1, 15
 _ANSWER_TIMEOUT_S = 10.0
 
 
@@ -191,10 +190,11 @@ def _be_player(
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_DFL)
         become(account)
+        libc = ctypes.CDLL(None)
+        libc.prctl(_PR_SET_NAME, name.encode("ascii"))
         # After the change of user, which clears it.
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() == parent:
-            Path("/proc/self/comm").write_text(name, "ascii")
             os.sched_setaffinity(0, {cpu})
             # Batch: waking up does not preempt. So the victim waits for its turn beside the
             # culprit, as a busy service does.

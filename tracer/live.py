@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from latrace.tracer.session import Snapshot
 
 _PLAIN_EVERY_S = 5.0
+_USUAL_COLUMNS = 80
 _DIM, _BOLD, _ALARM, _RESET = "\x1b[2m", "\x1b[1m", "\x1b[1;31m", "\x1b[0m"
 
 
@@ -179,9 +180,10 @@ def _cut(parts: list[_Part], room: int) -> list[_Part]:
 def _columns(status: Status) -> int:
     """How wide the terminal is now."""
     try:
-        return max(2, os.get_terminal_size(status.stream.fileno()).columns)
+        columns = os.get_terminal_size(status.stream.fileno()).columns
     except (OSError, ValueError):
-        return 80
+        return _USUAL_COLUMNS
+    return max(2, columns) if columns else _USUAL_COLUMNS  # 0: it does not know either
 
 
 def show_elapsed(seconds: float) -> str:

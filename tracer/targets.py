@@ -334,7 +334,7 @@ def _describe(tasks: tuple[Task, ...], *, cgroups: tuple[Path, ...], proc: Path)
     leaders = [task for task in tasks if task.is_leader]
     unit = "processes" if len(leaders) == len(tasks) else "targets"
     listed = ", ".join(f"{_name(task)} {task.tid}" for task in tasks[:_MAX_LISTED])
-    more = ", …" if len(tasks) > _MAX_LISTED else ""
+    more = ", ..." if len(tasks) > _MAX_LISTED else ""
     prefix = f"{groups}: " if groups else ""
     return f"{prefix}{len(tasks)} {unit} ({listed}{more})"
 

@@ -45,6 +45,12 @@ def latrace_process(*arguments: str, **settings: Any) -> subprocess.CompletedPro
 # --- help and version ---------------------------------------------------------------------------
 
 
+def test_the_help_needs_no_utf_8() -> None:
+    for command in COMMANDS:
+        result = latrace_process(command, "-h", env=os.environ | {"PYTHONIOENCODING": "ascii"})
+        assert result.returncode == 0, result.stderr
+
+
 @pytest.mark.parametrize("command", [(), *((command,) for command in COMMANDS)])
 @pytest.mark.parametrize("flag", ["-h", "--help"])
 def test_help_goes_to_stdout_and_fits_the_page(

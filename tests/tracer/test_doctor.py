@@ -217,7 +217,7 @@ def test_a_failure_ends_in_the_verdict() -> None:
     bad = Check(name="BTF", state="fail", finding="none\x1b[2J", meaning="types", remedy="boot")
     text = render_checks([bad], verbose=False, width=80, colour=False)
     assert "FAIL  BTF" in text
-    assert "→ boot" in text
+    assert "-> boot" in text
     assert "can not trace here" in text
     assert "\x1b" not in text
 

@@ -146,6 +146,17 @@ def test_the_panel_leaves_the_terminals_modes_alone(
     assert "\x1b[1;31m!!! slower\x1b[0m" in text
 
 
+def test_a_terminal_that_does_not_know_its_width_has_the_usual_one(
+    terminal: tuple[io.TextIOWrapper, int],
+) -> None:
+    stream, screen = terminal
+    resize(stream.fileno(), 0)
+    view = Panel(Status(stream=stream))
+    view.update(snapshot(1))
+    view.close()
+    assert "p99 1.24 ms" in shown(screen)
+
+
 @pytest.mark.parametrize("columns", [40, 20])
 def test_a_narrow_terminal_never_wraps_the_panel(
     terminal: tuple[io.TextIOWrapper, int], columns: int

@@ -21,6 +21,8 @@ app = typer.Typer(
     # Plain help, without rich: it would double the start-up time of every command.
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
+    # Completion comes as files (docs/completions): an option that edits ~/.bashrc would run as root.
+    add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 80},
 )
 

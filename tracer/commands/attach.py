@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from latrace.analysis.words import visible
 from latrace.tracer.commands import params
 from latrace.tracer.commands.console import Status
 from latrace.tracer.commands.signals import StopOnSignals
@@ -22,13 +23,17 @@ from latrace.tracer.targets import Request, parse_ids, parse_names, resolve
 Pid = Annotated[
     str | None,
     typer.Option(
-        "-p", "--pid", metavar="PID,…", help="Processes: all their threads, present and future."
+        "-p", "--pid", metavar="PID[,PID]", help="Processes: all their threads, present and future."
     ),
 ]
-Tid = Annotated[str | None, typer.Option("-t", "--tid", metavar="TID,…", help="Single threads.")]
+Tid = Annotated[
+    str | None, typer.Option("-t", "--tid", metavar="TID[,TID]", help="Single threads.")
+]
 Comm = Annotated[
     str | None,
-    typer.Option("--comm", metavar="NAME,…", help="Processes by name; a trailing * is a prefix."),
+    typer.Option(
+        "--comm", metavar="NAME[,NAME]", help="Processes by name; a trailing * is a prefix."
+    ),
 ]
 Cgroup = Annotated[
     list[str] | None,
@@ -91,7 +96,8 @@ def attach(
         for note in targets.notes:
             status.say(f"Note: {note}.")
         plan = Plan(options=options, output=output, force=force, description=targets.description)
-        status.detail(f"Options: {options}")
+        for task in targets.tasks:
+            status.detail(f"  {task.tid} {visible(task.comm)}")
         path = trace(plan, status=status, signals=signals)
     give_up_root()
     print_summary(read_summary(path), as_json=as_json)

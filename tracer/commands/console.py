@@ -103,7 +103,8 @@ def program() -> str:
     """How to call latrace again as it was called now: by its name if the PATH has it."""
     found = shutil.which("latrace")
     called = Path(sys.argv[0])
-    if called.name != "latrace" or (found and Path(found).resolve() == called.resolve()):
+    by_path = called.name == "latrace" and os.sep in sys.argv[0]
+    if not by_path or (found and Path(found).resolve() == called.resolve()):
         return "latrace"
     return shlex.quote(str(called.absolute()))
 

@@ -80,9 +80,9 @@ def render_checks(checks: list[Check], *, verbose: bool, width: int, colour: boo
             more += textwrap.wrap(visible(check.meaning), width - len(indent))
         if check.remedy:
             more += textwrap.wrap(
-                f"→ {visible(check.remedy)}",
+                f"-> {visible(check.remedy)}",
                 width - len(indent),
-                subsequent_indent="  ",
+                subsequent_indent="   ",
                 break_long_words=False,
                 break_on_hyphens=False,
             )

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,6 +57,7 @@ def trace(
     # Late: what doctor imports is not needed for --help, and errors come before the compiler.
     from latrace.tracer.doctor import explained, require_tracing  # noqa: PLC0415
 
+    began_s = time.monotonic()
     require_tracing()
     made: list[OutputDir] = []
 
@@ -77,6 +79,7 @@ def trace(
 
     try:
         status.say(_header(plan))
+        status.detail(f"  attached {time.monotonic() - began_s:.2f} s after the checks began")
         if on_attached is not None:
             on_attached()
         tracer.run(stop=signals.stop, on_tick=tick)
