@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import subprocess
+import time
 from pathlib import Path
 from types import ModuleType
 
@@ -155,7 +156,11 @@ def test_bash_expands_nothing_in_a_process_name(tmp_path: Path) -> None:
     with subprocess.Popen([tmp_path / name, "30"], executable=str(tmp_path / name)) as process:
         try:
             comm = Path(f"/proc/{process.pid}/comm")
-            assert comm.read_text() == name + "\n"
+            # exec closes the pipe that Popen waits for a moment before it sets the name.
+            deadline = time.monotonic() + 10
+            while comm.read_text() != name + "\n":
+                assert time.monotonic() < deadline
+                time.sleep(0.001)
             with pytest.MonkeyPatch.context() as patch:
                 patch.chdir(tmp_path)
                 assert complete("attach", "--comm", "zz$") == [r"zz\$\(\>zzz_x\)"]
