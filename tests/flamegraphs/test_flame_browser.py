@@ -236,6 +236,7 @@ def test_keyboard_alone_is_enough(browser: Browser, tmp_path: Path, inverted: bo
     assert focused(browser) == ("lock", 3)
     browser.press("ArrowRight")  # its neighbour is out of the picture
     assert focused(browser) == ("lock", 3)
+    assert [f["name"] for f in state(browser) if f["tab"] == 0] == ["lock"]
     browser.press("Escape")
     assert len(shown(browser)) == len(state(browser))
     assert focused(browser) == ("lock", 3)
@@ -295,6 +296,8 @@ def test_tooltip_says_name_time_and_share(browser: Browser, tmp_path: Path) -> N
     assert 0 <= left < right <= width
     browser.hover(browser.find(".h1"))
     assert browser.run(tip)[0] == "hidden"
+    # The browser's own tooltip would come on top of it.
+    assert browser.run("return document.querySelectorAll('.frames title').length") == 0
 
 
 def test_hostile_names_execute_nothing(browser: Browser, tmp_path: Path) -> None:
