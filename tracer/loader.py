@@ -157,12 +157,12 @@ class Probes:
 
     def map_fd(self, name: str) -> int:
         """File descriptor of one of the probes' maps."""
-        fd: int = self.module[name].map_fd
+        fd: int = self.module[name.encode()].map_fd
         return fd
 
     def table(self, name: str) -> list[tuple[int, int]]:
         """A small map of integers, as pairs of key and value."""
-        return [(key.value, value.value) for key, value in self.module[name].items()]
+        return [(key.value, value.value) for key, value in self.module[name.encode()].items()]
 
     def map_memory(self, name: str, size: int) -> mmap.mmap:
         """An array map as shared memory; `size` in bytes is rounded up to whole pages."""
@@ -206,13 +206,18 @@ def load(btf: Btf, build: Build) -> Probes:
     text = "".join(f'#line 1 "{name}"\n{(PROBES / name).read_text()}' for name in SOURCES)
     flags = [f"-D{name}={value}" for name, value in constants.items()]
     try:
-        module = BPF(text=text, cflags=[*flags, f"-I{PROBES}", "-Wno-unused-function"])
+        module = BPF(
+            text=text.encode(), cflags=[*flags, f"-I{PROBES}", "-Wno-unused-function"]
+        )
     except Exception as error:
         raise HostError(
             f"bcc could not compile the probes or make their maps: {error}",
             hint="bcc printed the reason above; see: latrace doctor",
         ) from error
     probes = Probes(module)
+    free = module[b"lat_free"]
+    for number in range(1, build.histograms):
+        free.push(free.Leaf(number))
     try:
         wanted = dict(_TRACEPOINTS)
         if build.cgroups:
@@ -238,7 +243,7 @@ def _load_one(probes: Probes, name: str, type_id: int | None, *, iterator: bool)
         )
     try:
         probes.programs[name] = bpf.load_program(
-            name, probes.module.dump_func(name), attach_type_id=type_id, iterator=iterator
+            name, probes.module.dump_func(name.encode()), attach_type_id=type_id, iterator=iterator
         )
     except bpf.VerifierError as error:
         raise HostError(

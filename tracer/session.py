@@ -32,6 +32,7 @@ from .cost import Cost
 from .errors import LatraceError, NoTargetError
 from .membership import members, write_rules
 from .options import Options
+from .processes import read_task
 from .records import CELL_BYTES, HIST, STACK, THREAD, WAIT, Place, Record, ThreadEvent
 from .ring import Ring
 from .rows import cgroup_of, split, wait_columns
@@ -48,6 +49,7 @@ _ROWS_PER_APPEND = 1 << 16
 _HISTOGRAM_BYTES = 64 << 20
 _NAMING_TIMEOUT_S = 30.0
 _SETTLE_S = 0.002  # programs that run on another CPU while we detach end within microseconds
+_LAST_SWITCH_S = 0.2
 _NAMED_PROCESSES = 100  # in the manifest: a fork bomb must not fill it
 _OPEN = {Place.WAITING: "waiting", Place.UNKNOWN: "waiting", Place.BLOCKED: "blocked"}
 
@@ -96,6 +98,8 @@ class Tracer:
         """Of every process seen."""
         self._names: dict[int, str] = {}
         """The first name of the first processes seen."""
+        self._ended: list[tuple[float, int]] = []
+        """When processes ended, and which; their numbers are still targets."""
         self._pending: list[npt.NDArray[np.void]] = []
         self._pending_rows = 0
         self._lost_stacks = 0
@@ -240,9 +244,13 @@ class Tracer:
 
     def _sleep(self, seconds: float) -> None:
         """Sleep, less when a target process ends."""
-        for tgid in self._alive.wait(seconds):
-            # Its number may come back as another process.
-            self._shared.targets[tgid] &= ~np.uint8(TARGET_PROCESS)
+        now = time.monotonic()
+        self._ended += [(now, tgid) for tgid in self._alive.wait(seconds)]
+        # Its number may come back as another process, but its last switch is still to come.
+        while self._ended and self._ended[0][0] < now - _LAST_SWITCH_S:
+            tgid = self._ended.pop(0)[1]
+            if tgid not in self._alive:
+                self._shared.targets[tgid] &= ~np.uint8(TARGET_PROCESS)
 
     def _all_ended(self) -> bool:
         """Whether no target is left and none can come."""
@@ -252,11 +260,8 @@ class Tracer:
             return True
         if len(self._alive):
             return False
-        # Processes that were gone before we could watch them, or whose last record was lost.
-        self._live = {
-            tid: tgid for tid, tgid in self._live.items() if Path(f"/proc/{tgid}/task/{tid}").exists()
-        }
-        return not self._live
+        # Gone before we could watch them, or their last record was lost.
+        return all((task := read_task(tid)) is None or task.has_ended for tid in self._live)
 
     # ----------------------------------------------------------------- drain
 
