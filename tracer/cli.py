@@ -6,7 +6,6 @@ import os
 import sys
 from collections.abc import Sequence
 
-from latrace.tracer.commands.console import silence_stdout
 from latrace.tracer.errors import LatraceError
 
 _EXIT_FAILED, _EXIT_USAGE = 1, 2
@@ -20,6 +19,8 @@ def main(args: Sequence[str] | None = None) -> int:
         code = _run(args)
         sys.stdout.flush()
     except BrokenPipeError:  # the reader of our output had enough
+        from latrace.tracer.commands.console import silence_stdout  # noqa: PLC0415
+
         silence_stdout()
         return _EXIT_FAILED
     except KeyboardInterrupt:

@@ -21,7 +21,7 @@ app = typer.Typer(
     # Plain help, without rich: it would double the start-up time of every command.
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    # Completion comes as files (docs/completions): an option that edits ~/.bashrc would run as root.
+    # Completion comes as files (docs/completions); an option that edits ~/.bashrc is no good here.
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 80},
 )

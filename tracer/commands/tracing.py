@@ -49,7 +49,10 @@ def trace(
     on_attached: Callable[[], None] | None = None,
     on_tick: Callable[[Snapshot], None] | None = None,
 ) -> Path:
-    """Trace as planned until a signal, the duration or the targets' end; return the capture's path.
+    """Trace as planned until a signal, the duration or the targets' end.
+
+    Returns the capture's path, relative to the working directory if it is below that: the user may
+    not be able to walk down to it from the root.
 
     `signals` must be active. `on_attached` is called when the probes are in place. Raises
     `HostError` when this host or this user can not trace.
@@ -86,7 +89,7 @@ def trace(
     finally:
         view.close()
         tracer.__exit__(*sys.exc_info())
-    return made[-1].path
+    return _from_here(made[-1].path)
 
 
 def _header(plan: Plan) -> str:
@@ -130,9 +133,8 @@ def print_summary(summary: dict[str, Any], *, as_json: bool) -> None:
 
 def say_written(path: Path, *, status: Status) -> None:
     """The last lines of a run: what was written, and what to do with it."""
-    status.say(f"Wrote {shown_path(path)} ({size_of(path)})")
-    default = path == Path.cwd() / DEFAULT_NAME
-    source = "" if default else f" -i {shlex.quote(str(shown_path(path)))}"
+    status.say(f"Wrote {path} ({size_of(path)})")
+    source = "" if path == Path(DEFAULT_NAME) else f" -i {shlex.quote(str(path))}"
     say_next(
         (
             (f"{program()} flame{source} wait.svg", "where it waited, as a picture"),
@@ -162,8 +164,7 @@ def size_of(path: Path) -> str:
         ) from error
 
 
-def shown_path(path: Path) -> Path:
-    """`path` as short as it can be typed from here."""
+def _from_here(path: Path) -> Path:
     try:
         return path.relative_to(Path.cwd())
     except (ValueError, OSError):  # elsewhere, or the working directory is gone
