@@ -22,6 +22,7 @@ static long (*get_stack_of)(void *ctx, void *buf, u32 size, u64 flags) = (void *
 
 #define TASK_DEAD 0x80		/* include/linux/sched.h */
 #define PF_KTHREAD 0x00200000
+#define THREAD_SIZE 16384	/* the least that x86-64 has */
 
 struct thread_state {
 	struct wait_state wait;
@@ -29,11 +30,10 @@ struct thread_state {
 	u64 blocked_weight_ns, waker_key;	/* sampled when it was woken */
 	u64 waits, wait_ns, max_wait_ns, blocked, blocked_ns;
 	u64 kernel_ns, kernel_count;		/* sched_info at the last look */
-	u64 last_wait_ns;			/* not yet compared with it */
+	u64 last_wait_ns;			/* + 1; not yet compared with it */
 	u32 waker_tid, waker_tgid;
 	char waker[COMM_BYTES];
 	u32 slot;
-	u32 waking_cpu;
 	u8 waker_ctx;
 };
 

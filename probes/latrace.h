@@ -62,7 +62,6 @@ struct hist {
 
 /* One per CPU. The first half is the probes' own, the second counts. */
 struct cpu_state {
-	u64 woken;			/* the last target woken from this CPU */
 	u64 due_key;			/* stack to take once the switch is over */
 	u32 due_tid, pad0;
 	u64 next_key;
@@ -72,7 +71,7 @@ struct cpu_state {
 	u64 missed_stacks;		/* the thread never came by to have it taken */
 	u64 discarded, no_start, missed_switches, recovered, no_storage, open_at_start;
 	/* the kernel's books, task->sched_info */
-	u64 timed_waits, timed_ns, kernel_ns, kernel_count, blind_waits, blind_ns;
+	u64 timed_waits, timed_ns, kernel_ns, kernel_count, blind_waits, blind_ns, unbooked;
 	u64 pad[7];			/* no two CPUs share a cache line */
 };
 

@@ -2,16 +2,24 @@
 
 /* Which context wakes: `current` means nothing in an interrupt. On x86 the preempt count is a
  * per-CPU variable that BPF may not name; its distance from the run queue, another per-CPU
- * variable, is in BTF. */
-static inline u8 waker_context(u64 task)
+ * variable, is in BTF. That read costs as much as all the rest, so the common case is told
+ * without: in a system call, on the thread's own stack. An interrupt that comes there moves to a
+ * stack of its own; one that comes in user mode does not, but then there is no system call. */
+static inline u8 waker_context(void *ctx, u64 task)
 {
 	u32 count = 0;
 
 #if defined(OFF_TASK_PREEMPT_COUNT)
 	count = LD32(task, OFF_TASK_PREEMPT_COUNT);
-#elif defined(OFF_SE_CFS_RQ)
-	u64 cfs_rq = LD64(task, OFF_SE_CFS_RQ), rq;
+#elif defined(PREEMPT_COUNT_FROM_RQ)
+	u64 here = (u64)ctx, cfs_rq, rq;
 
+	asm volatile("" : "+r"(here));
+	if (here - LD64(task, OFF_TASK_STACK) < THREAD_SIZE &&
+	    !(LD32(task, OFF_TASK_FLAGS) & PF_KTHREAD) &&
+	    (s64)LD64(task_pt_regs(task), OFF_REGS_SYSCALL) >= 0)
+		return CTX_TASK;
+	cfs_rq = LD64(task, OFF_SE_CFS_RQ);
 	if (!cfs_rq)
 		return CTX_UNKNOWN;
 	rq = LD64(cfs_rq, OFF_CFS_RQ_RQ);
@@ -66,16 +74,14 @@ int lat_waking(u64 *ctx)
 	if (!began)
 		return 0;
 	waker = get_current_task_btf();
-	s->waker_ctx = waker_context(waker);
+	s->waker_ctx = waker_context(ctx, waker);
 	if (s->waker_ctx == CTX_TASK)
 		set_waker(s, waker);
 	else
 		no_waker(s);
 	s->waker_key = s->blocked_weight_ns = 0;
-	s->waking_cpu = bpf_get_smp_processor_id();
 	if (began == 2)
 		return 0;
-	c->woken = task;
 	blocked = s->wait.blocked_ns;
 	o = control();
 	if (!o || !blocked)
@@ -94,29 +100,17 @@ int lat_waking(u64 *ctx)
 	return 0;
 }
 
-/* On a run queue. For a wake-up on the waker's own CPU this follows waking at once, in the same
- * call: nothing to learn then. */
+/* On a run queue: on the waker's CPU in the same call, or on its own after an interrupt. */
 int lat_wakeup(u64 *ctx)
 {
 	u64 task = ARG(ctx, 0);
 	struct thread_state *s;
-	struct cpu_state *c, *there;
 
 	if (!is_target(task))
 		return 0;
-	c = this_cpu();
-	if (!c)
-		return 0;
-	if (c->woken == task) {
-		c->woken = 0;
-		return 0;
-	}
 	s = state_of(task);
 	if (!s)
 		return 0;
-	there = lat_cpus.lookup(&s->waking_cpu);
-	if (there && there->woken == task)
-		there->woken = 0;
 	if (wait_queued(&s->wait, bpf_ktime_get_ns())) {
 		no_waker(s);
 		s->waker_ctx = CTX_UNKNOWN;
@@ -247,7 +241,7 @@ static inline void enter(u64 task, u64 now)
 	struct cpu_state *c = this_cpu();
 	struct control *o = control();
 	struct wait_record *r;
-	u64 wait, weight, key = 0;
+	u64 wait, wakeup, weight, key = 0;
 	int started;
 	u8 place;
 
@@ -285,7 +279,11 @@ static inline void enter(u64 task, u64 now)
 		no_waker(s);
 		s->waker_ctx = CTX_UNKNOWN;
 	}
-	s->last_wait_ns = wait + 1;
+	wakeup = s->wait.queued_ns ? s->wait.queued_ns - (now - wait) : 0;
+	s->last_wait_ns = wait - wakeup + 1;	/* the kernel's clock starts when it is queued */
+	/* Preempted between setting its state to sleep and sleeping: runnable, yet the kernel opens
+	 * no entry for such a wait (sched_info_depart() asks task_is_running()). */
+	c->unbooked += !LD64(task, OFF_LAST_QUEUED);
 	count_wait(s, wait);
 
 	weight = sample_weight(&s->wait_acc_ns, wait, o->wait_period_ns, o->slow_ns, o->tokens > 0);
@@ -325,7 +323,7 @@ static inline void enter(u64 task, u64 now)
 	r->blocked_weight_ns = s->blocked_weight_ns;
 	r->stack_key = key;
 	r->waker_key = s->waker_key;
-	r->wakeup_ns = s->wait.queued_ns ? s->wait.queued_ns - (now - wait) : 0;
+	r->wakeup_ns = wakeup;
 	r->migrations = s->wait.migrations;
 	lat_ring.ringbuf_submit(r, BPF_RB_NO_WAKEUP);
 }

@@ -24,6 +24,7 @@ the probe, and twenty thousand of the longest waits a second explain any percent
 TICK_S = 0.1
 _WAIT_PERIOD_NS, _BLOCKED_PERIOD_NS, _SLOW_BLOCKED_NS = 2_000_000, 20_000_000, 100_000_000
 _NEVER = 2**63 - 1
+_MAX_LEVEL = 30
 _RECENT_TICKS = 10
 
 
@@ -36,7 +37,7 @@ class Budget:
     degraded: list[dict[str, Any]] = field(default_factory=list)
     """What was given up and why: `at_ns` (CLOCK_MONOTONIC), `what`, `why`."""
     highest_slow_ns: int = 0
-    _coarser: int = 1
+    _level: int = 0
     _last_s: float = 0.0
     _last_rows: int = 0
     _tokens: int = 0
@@ -49,22 +50,26 @@ class Budget:
         """Set the thresholds that a trace begins with."""
         control = self.shared.control
         control["min_ns"] = self.options.min_ns or 0
-        self._set_coarseness(1)
+        self._set_level(0)
         self._refill(TICK_S)
+        self._history = [self.shared.slot_counts()]
         self._last_s = time.monotonic()
 
-    def _set_coarseness(self, factor: int) -> None:
-        self._coarser = factor
+    def _set_level(self, level: int) -> None:
+        """Halve the stacks at each level: first what counts as slow, then the periods as well."""
+        self._level = level
         control = self.shared.control
         if not self.options.stacks:
             for name in ("slow_ns", "slow_blocked_ns", "wait_period_ns", "blocked_period_ns"):
                 control[name] = _NEVER
             return
-        control["slow_ns"] = self.options.slow_ns * factor
-        control["slow_blocked_ns"] = _SLOW_BLOCKED_NS * factor
-        control["wait_period_ns"] = _WAIT_PERIOD_NS * factor
-        control["blocked_period_ns"] = _BLOCKED_PERIOD_NS * factor
-        self.highest_slow_ns = max(self.highest_slow_ns, self.options.slow_ns * factor)
+        slow_ns = max(1, self.options.slow_ns) << level
+        period_ns = max(_WAIT_PERIOD_NS, slow_ns)
+        control["slow_ns"] = slow_ns
+        control["wait_period_ns"] = period_ns
+        control["blocked_period_ns"] = period_ns * (_BLOCKED_PERIOD_NS // _WAIT_PERIOD_NS)
+        control["slow_blocked_ns"] = period_ns * (_SLOW_BLOCKED_NS // _WAIT_PERIOD_NS)
+        self.highest_slow_ns = max(self.highest_slow_ns, slow_ns)
 
     def _refill(self, elapsed_s: float) -> None:
         tokens = max(4, round(self.options.stack_budget_per_s * min(elapsed_s, 1.0)))
@@ -87,10 +92,10 @@ class Budget:
 
     def _adapt_stacks(self) -> None:
         left = int(self.shared.control["tokens"][0])
-        if left <= 1 and self._coarser < 1 << 12:
-            self._set_coarseness(self._coarser * 2)
-        elif self._coarser > 1 and left > self._tokens * 3 // 4:
-            self._set_coarseness(self._coarser // 2)
+        if left <= 1 and self._level < _MAX_LEVEL:
+            self._set_level(self._level + 1)
+        elif self._level and left > self._tokens * 3 // 4:
+            self._set_level(self._level - 1)
 
     def _adapt_rows(self, rate: float, ring_used: float) -> None:
         threshold = int(self.shared.control["min_ns"][0])
@@ -99,8 +104,8 @@ class Budget:
         self._calm_ticks = 0 if rate > ROWS_PER_S / 4 else self._calm_ticks + 1
         if not pressed and not (threshold and self._calm_ticks >= _RECENT_TICKS):
             return
-        recent = self._history[-1] - self._history[-2 if pressed and len(self._history) > 1 else 0]
-        over_s = TICK_S * (1 if pressed else max(1, len(self._history) - 1))
+        recent = self._history[-1] - self._history[-2 if pressed else 0]
+        over_s = TICK_S * (1 if pressed else len(self._history) - 1)
         wanted = threshold_for(recent, ROWS_PER_S / 2 * over_s)
         if pressed and wanted <= threshold:
             wanted = max(threshold * 2, 1000)

@@ -42,6 +42,8 @@ _OFFSETS = {
     "OFF_TASK_COMM": ("task_struct", "comm"),
     "OFF_TASK_REAL_PARENT": ("task_struct", "real_parent"),
     "OFF_TASK_START_TIME": ("task_struct", "start_time"),
+    "OFF_TASK_STACK": ("task_struct", "stack"),
+    "OFF_TASK_FLAGS": ("task_struct", "flags"),
     "OFF_TASK_ON_CPU": ("task_struct", "on_cpu"),
     "OFF_TASK_ON_RQ": ("task_struct", "on_rq"),
     "OFF_RUN_DELAY": ("task_struct", "sched_info.run_delay"),

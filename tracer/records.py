@@ -137,7 +137,6 @@ HIST = np.dtype(
 )
 CPU_STATE = np.dtype(
     [
-        ("woken", "<u8"),
         ("due_key", "<u8"),
         ("due_tid", "<u4"),
         ("pad0", "<u4"),
@@ -160,6 +159,7 @@ CPU_STATE = np.dtype(
         ("kernel_count", "<u8"),
         ("blind_waits", "<u8"),
         ("blind_ns", "<u8"),
+        ("unbooked", "<u8"),
         ("pad", "<u8", 7),
     ]
 )

@@ -82,7 +82,7 @@ class Ring:
         if len(busy):
             cells = cells[: busy[0]]
         _fence()
-        batch = np.ascontiguousarray(cells["cell"])
+        batch = cells["cell"].copy()
         _fence()
         self._consumer[0] = consumer + len(cells) * _STRIDE
         return batch

@@ -266,8 +266,10 @@ class Tracer:
     # ----------------------------------------------------------------- drain
 
     def _drain(self) -> None:
-        """Take everything from the ring."""
-        while len(cells := self._ring.read()):
+        """Take what is in the ring, once around at most: a flood must not keep us from the rest."""
+        taken = 0
+        while taken < self._ring.size and len(cells := self._ring.read()):
+            taken += cells.nbytes
             records = split(cells)
             stacks = records.get(Record.STACK)
             if stacks is not None and len(stacks):
@@ -452,6 +454,7 @@ class Tracer:
             "waits": int(self._shared.hist["kinds"].sum()),
             "rows": counters["rows"],
             "lost_events": counters["lost_waits"] + counters["lost_threads"],
+            "lost_threads": counters["lost_threads"],
             "lost_stacks": counters["lost_stacks"] + counters["missed_stacks"] + self._lost_stacks,
             "open_at_start": counters["open_at_start"],
             "no_start": counters["no_start"],
@@ -466,6 +469,7 @@ class Tracer:
             "traced_run_delay_ns": counters["timed_ns"],
             "kernel_pcount": counters["kernel_count"],
             "timed_waits": counters["timed_waits"],
+            "unbooked": counters["unbooked"],
             "books_blind": {"count": counters["blind_waits"], "ns": counters["blind_ns"]},
         }
 
@@ -506,21 +510,22 @@ class Tracer:
                 self._finish(complete=kind is None)
 
     def _finish(self, *, complete: bool) -> None:
-        end_ns = time.monotonic_ns()
+        self._end_ns = time.monotonic_ns()
         self._cost.close()
         self._probes.detach()
         time.sleep(_SETTLE_S)
         open_at_end = self._write_open_threads(
             bpf.read_iterator(self._probes.programs["lat_iter_end"])
         )
-        self._drain()
+        while self._ring.used():
+            self._drain()
         self._write_waits(hold=False)
         self._lost_stacks += self._stacks.forget()
         self._write_names(self._naming.finish(_NAMING_TIMEOUT_S))
         self._write_snapshot()
         self._writer.update_manifest(
             {
-                "end_ns": end_ns,
+                "end_ns": self._end_ns,
                 "quality": {"open_at_end": open_at_end, "symbols": self._naming.stats()},
                 "overhead": self._cost.report(),
             }
@@ -546,6 +551,8 @@ class Tracer:
         if not records:
             return 0
         threads = np.concatenate(records)
+        after_end = threads["ts_ns"] - np.minimum(threads["ts_ns"], self._end_ns)
+        threads["open_ns"] -= np.minimum(threads["open_ns"], after_end)
         self._write_threads(threads, stacks)
         return int(np.isin(threads["place"], (Place.WAITING, Place.UNKNOWN)).sum())
 

@@ -42,6 +42,8 @@ _ROOTS = frozenset(
     }
 )
 
+_WAITING_CELLS = 4096
+
 _Key = tuple[int, int, bytes]
 
 
@@ -90,7 +92,9 @@ class StackCells:
             self._by_key[int(keys[index])] = self.intern(
                 int(first["tgid"]), frames[:kernel], frames[kernel : int(depth[index])]
             )
-        self._waiting = cells[np.repeat(~whole, counts)]
+        # The rest of a stack follows at once. What is still in parts after so many cells has lost
+        # one to a full ring.
+        self._waiting = cells[np.repeat(~whole, counts)][-_WAITING_CELLS:]
 
     def ids(self, keys: npt.NDArray[np.uint64]) -> npt.NDArray[np.int32]:
         """Stack ids of keys; −1 for key 0 and for stacks that have not come. Each is given once."""

@@ -36,9 +36,9 @@ def check_invariants(traced: Traced) -> None:
     kinds = ("waits_wakeup", "waits_new", "waits_preempted")
     assert counted == sum(row[kind] for row in totals for kind in kinds)
     threads = capture.threads.to_pylist()
-    assert counted == sum(thread["waits"] for thread in threads)
-    for total, thread in (("wait_ns", "wait_ns"), ("blocked_ns", "blocked_ns")):
-        assert sum(row[total] for row in totals) == sum(row[thread] for row in threads)
+    if not quality["lost_threads"]:
+        for total, thread in (("waits", "waits"), ("wait_ns", "wait_ns"), ("blocked_ns",) * 2):
+            assert sum(row[total] for row in totals) == sum(row[thread] for row in threads)
     assert len({(row["tid"], row["start_ns"]) for row in threads}) == len(threads)
     # Every wait has a row, or is counted as one of those that have none.
     rows = quality["rows"]
@@ -46,7 +46,8 @@ def check_invariants(traced: Traced) -> None:
     if quality["row_threshold_ns"] == 0 and not quality["degraded"]:
         assert rows + quality["lost_events"] == counted - unseen(quality)
     # The scheduler's own count of the same waits.
-    assert abs(quality["kernel_pcount"] - counted) <= unseen(quality) + quality["no_start"]
+    booked = counted - quality["unbooked"]
+    assert abs(quality["kernel_pcount"] - booked) <= 2 * unknown_starts(quality)
     # No wait of a thread overlaps its next one.
     tid, run, wait = (column(capture, "waits", name) for name in ("tid", "run_ns", "wait_ns"))
     order = np.lexsort((run, tid))
@@ -92,19 +93,20 @@ def test_round_trips(waits: Path, tmp_path: Path) -> None:
 
 
 def test_round_trips_on_one_cpu(waits: Path, tmp_path: Path) -> None:
-    """On one CPU the echo's byte is never there early: each of its reads is a wake-up by main."""
+    """On one CPU every byte costs a switch: two waits a round trip, and only main wakes echo."""
     traced = trace(
         ["taskset", "-c", "0", waits, "pipe", "20000"], tmp_path / "c", make_options=every_wait
     )
     check_invariants(traced)
-    rows = traced.capture.waits.select(["tid", "waker_tid", "kind", "syscall"]).to_pylist()
+    # The one that writes is preempted by the one it woke, or blocks when it reads: a wait each.
+    assert traced.quality["waits"] >= 40_000 - unknown_starts(traced.quality)
+    rows = traced.capture.waits.select(["tid", "waker_tid", "syscall", "waker_ctx"]).to_pylist()
     echo, main = int(traced.facts["echo"]), int(traced.facts["main"])
-    wakeups = sum(
-        row == {"tid": echo, "waker_tid": main, "kind": "wakeup", "syscall": "read"}
-        for row in rows
-    )
-    # The first byte can be there before the echo first reads; the odd preemption joins two.
-    assert 20_000 - 20 - unknown_starts(traced.quality) <= wakeups <= 20_000
+    reads = [row for row in rows if row["syscall"] == "read" and row["waker_ctx"] == "task"]
+    by_main = sum((row["tid"], row["waker_tid"]) == (echo, main) for row in reads)
+    by_echo = sum((row["tid"], row["waker_tid"]) == (main, echo) for row in reads)
+    assert by_main + by_echo >= len(reads) - 1  # main was let go by the test
+    assert 5_000 < len(reads) <= 40_000
 
 
 def test_two_threads_on_one_cpu(waits: Path, tmp_path: Path) -> None:
@@ -127,11 +129,9 @@ def test_threads_that_come_and_go(waits: Path, tmp_path: Path) -> None:
     assert traced.capture.threads.num_rows == 2001
     new = sum(row["waits_new"] for row in traced.capture.totals.to_pylist())
     assert 2000 - unknown_starts(traced.quality) <= new <= 2000
-    assert all(
-        row["blocked_ns"] >= 200_000
-        for row in traced.capture.threads.to_pylist()
-        if row["tid"] != traced.pid
-    )
+    threads = [row for row in traced.capture.threads.to_pylist() if row["tid"] != traced.pid]
+    short = sum(row["blocked_ns"] < 200_000 for row in threads)
+    assert short <= unknown_starts(traced.quality)
 
 
 @pytest.mark.parametrize("children", [False, True])
