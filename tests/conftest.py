@@ -24,6 +24,10 @@ OUR_PREFIX = "lat_"
 # The kernel frees programs and maps some time after the last descriptor is closed.
 FREED_WITHIN_S = 5.0
 
+# In the environment of everything that the tests start.
+MARK = f"LATRACE_TESTS={os.getpid()}"
+os.environ.update([MARK.split("=")])
+
 SETTINGS = (
     "kernel/bpf_stats_enabled",
     "kernel/kptr_restrict",
@@ -116,28 +120,37 @@ def our_bpf_objects() -> set[tuple[str, int, str]]:
     return found
 
 
-def _start_ticks(process: Path) -> int:
-    return int((process / "stat").read_text().rpartition(")")[2].split()[19])
+def held_by_others() -> set[tuple[str, int]]:
+    """(kind, id) of what processes hold that none of these tests started.
 
-
-def held_by_older_processes(ticks: int) -> set[tuple[str, int]]:
-    """(kind, id) of what processes hold that started before `ticks` (this one left out).
-
-    A developer may be tracing on this machine while the tests run; their objects are not ours.
+    Somebody may be tracing on this machine while the tests run. Ours are those below this
+    process, and those that inherited its mark, however far they strayed.
     """
-    held: set[tuple[str, int]] = set()
+    parents: dict[int, int] = {}
+    held: dict[int, set[tuple[str, int]]] = {}
+    marked = {os.getpid()}
     for process in Path("/proc").glob("[0-9]*"):
+        pid = int(process.name)
         try:
-            if int(process.name) == os.getpid() or _start_ticks(process) >= ticks:
-                continue
+            parents[pid] = int((process / "stat").read_text().rpartition(")")[2].split()[1])
+            if f"{MARK}\0".encode() in (process / "environ").read_bytes():
+                marked.add(pid)
             for fdinfo in (process / "fdinfo").iterdir():
                 for line in fdinfo.read_text().splitlines():
                     key, _, value = line.partition("\t")
                     if key in FDINFO_KEYS:
-                        held.add((FDINFO_KEYS[key], int(value)))
+                        held.setdefault(pid, set()).add((FDINFO_KEYS[key], int(value)))
         except OSError:  # ended meanwhile
             continue
-    return held
+
+    def is_ours(pid: int) -> bool:
+        while pid > 1:
+            if pid in marked:
+                return True
+            pid = parents.get(pid, 0)
+        return False
+
+    return {item for pid, items in held.items() if not is_ours(pid) for item in items}
 
 
 def read_settings() -> dict[str, str]:
@@ -163,15 +176,14 @@ def nothing_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
         return
     objects, settings = our_bpf_objects(), read_settings()
-    ticks = int(time.clock_gettime(time.CLOCK_BOOTTIME) * os.sysconf("SC_CLK_TCK"))
     yield
+    left = our_bpf_objects() - objects
     deadline = time.monotonic() + FREED_WITHIN_S
-    while left := our_bpf_objects() - objects:
-        others = held_by_older_processes(ticks)
-        left = {item for item in left if item[:2] not in others}
-        if not left:
-            break
-        if time.monotonic() > deadline:
+    while left:
+        others = held_by_others()
+        # What came after the test is somebody else's.
+        left = {item for item in left & our_bpf_objects() if item[:2] not in others}
+        if left and time.monotonic() > deadline:
             pytest.fail(f"left in the kernel: {sorted(left)}", pytrace=False)
         time.sleep(0.05)
     assert read_settings() == settings
