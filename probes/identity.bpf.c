@@ -4,7 +4,7 @@ static inline int comm_matches(struct control *o, u64 *comm)
 {
 	u32 i;
 
-	for (i = 0; i < PATTERNS; i++) {
+	LOOP (i = 0; i < PATTERNS; i++) {
 		if (i >= o->comms)
 			break;
 		if ((comm[0] & o->comm[i].mask[0]) == o->comm[i].value[0] &&
@@ -77,6 +77,7 @@ int lat_rename(u64 *ctx)
 	return named(ARG(ctx, 0), THREAD_RENAME, comm);
 }
 
+#if CGROUPS
 /* A process moved into one of the control groups we trace, or a descendant of one, or out. */
 int lat_cgroup_attach(u64 *ctx)
 {
@@ -89,10 +90,10 @@ int lat_cgroup_attach(u64 *ctx)
 	hierarchy = LD32(LD64(group, OFF_CGROUP_ROOT), OFF_ROOT_HIERARCHY);
 	if (hierarchy != o->cgroup[0].hierarchy)
 		return 0;
-	for (depth = 0; depth < 32; depth++) {
+	LOOP (depth = 0; depth < 32; depth++) {
 		u64 id = LD64(LD64(group, OFF_CGROUP_KN), OFF_KN_ID);
 
-		for (i = 0; i < PATTERNS; i++) {
+		LOOP (i = 0; i < PATTERNS; i++) {
 			if (i < o->cgroups && id == o->cgroup[i].id) {
 				set_target(task, TARGET_PROCESS);
 				return 0;
@@ -106,3 +107,4 @@ int lat_cgroup_attach(u64 *ctx)
 	set_target(task, 0);
 	return 0;
 }
+#endif

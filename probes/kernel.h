@@ -12,6 +12,9 @@
 #define LD32(p, off) \
 	({ u64 v_; asm volatile("%0 = *(u32 *)(%1 + %2)" : "=r"(v_) : "r"(p), "i"(off)); v_; })
 
+/* Bounded loops stay loops: unrolled, they take clang longer than all the rest. */
+#define LOOP _Pragma("clang loop unroll(disable)") for
+
 /* Helpers that bcc 0.26's header does not know, by number (include/uapi/linux/bpf.h). */
 static u64 (*get_current_task_btf)(void) = (void *)158;
 static u64 (*task_pt_regs)(u64 task) = (void *)175;
@@ -39,18 +42,29 @@ struct thread_state {
 
 #define TARGET_PROCESS 1
 #define TARGET_THREAD 2
-struct targets { u8 on[PID_MAX]; };		/* by process and by thread id; two bits */
+struct targets { char on[PID_MAX]; };		/* by process and by thread id; two bits */
 struct scratch { u64 frames[STACK_FRAMES]; };
+
+/* bcc compiles code to print every field of every map, which takes longer than all the rest:
+ * it is shown bytes. */
+#define BYTES_OF(type) \
+	enum { type##_size = sizeof(struct type) }; \
+	struct type##_bytes { char bytes[type##_size]; }
+BYTES_OF(control);
+BYTES_OF(cpu_state);
+BYTES_OF(hist);
+BYTES_OF(scratch);
+BYTES_OF(thread_state);
 
 #define MMAPABLE (1 << 10)
 BPF_F_TABLE("array", u32, struct targets, lat_targets, 1, MMAPABLE);
-BPF_F_TABLE("array", u32, struct control, lat_control, 1, MMAPABLE);
-BPF_F_TABLE("array", u32, struct cpu_state, lat_cpus, NCPU, MMAPABLE);
-BPF_F_TABLE("array", u32, struct hist, lat_hist, NCPU * NSLOT, MMAPABLE);
-BPF_TABLE("array", u32, struct scratch, lat_scratch, 3 * NCPU);
+BPF_F_TABLE("array", u32, struct control_bytes, lat_control, 1, MMAPABLE);
+BPF_F_TABLE("array", u32, struct cpu_state_bytes, lat_cpus, NCPU, MMAPABLE);
+BPF_F_TABLE("array", u32, struct hist_bytes, lat_hist, NCPU * NSLOT, MMAPABLE);
+BPF_TABLE("array", u32, struct scratch_bytes, lat_scratch, 3 * NCPU);
 BPF_TABLE("hash", u32, u32, lat_slots, NSLOT);
 BPF_QUEUE(lat_free, u32, NSLOT);
-BPF_TASK_STORAGE(lat_tasks, struct thread_state);
+BPF_TASK_STORAGE(lat_tasks, struct thread_state_bytes);
 BPF_RINGBUF_OUTPUT(lat_ring, RING_PAGES);
 
 static inline int is_target(u64 task)
@@ -75,14 +89,14 @@ static inline struct cpu_state *this_cpu(void)
 {
 	u32 cpu = bpf_get_smp_processor_id();
 
-	return lat_cpus.lookup(&cpu);
+	return (struct cpu_state *)lat_cpus.lookup(&cpu);
 }
 
 static inline struct control *control(void)
 {
 	u32 zero = 0;
 
-	return lat_control.lookup(&zero);
+	return (struct control *)lat_control.lookup(&zero);
 }
 
 static inline void copy_comm(char *to, u64 task)

@@ -10,7 +10,7 @@ static inline int send_stack(void *ctx, struct cpu_state *c, u64 key, u64 task, 
 			     u32 where)
 {
 	u32 cpu = bpf_get_smp_processor_id(), slot = cpu * 3 + where, part;
-	struct scratch *s = lat_scratch.lookup(&slot);
+	struct scratch *s = (void *)lat_scratch.lookup(&slot);
 	long kernel_bytes, user_bytes = 0;
 	u32 n;
 
@@ -27,7 +27,7 @@ static inline int send_stack(void *ctx, struct cpu_state *c, u64 key, u64 task, 
 	if (user_bytes < 0)
 		user_bytes = 0;
 	n = (kernel_bytes + user_bytes) / 8;
-	for (part = 0; part < STACK_FRAMES / STACK_CELL_FRAMES; part++) {
+	LOOP (part = 0; part < STACK_FRAMES / STACK_CELL_FRAMES; part++) {
 		struct stack_record *r;
 		u32 i;
 

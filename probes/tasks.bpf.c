@@ -41,7 +41,7 @@ int lat_iter_end(u64 *ctx)
 	struct thread_state *s;
 	struct cpu_state *c = this_cpu();
 	u32 cpu = bpf_get_smp_processor_id(), slot = cpu * 3;
-	struct scratch *frames = lat_scratch.lookup(&slot);
+	struct scratch *frames = (void *)lat_scratch.lookup(&slot);
 	long bytes = 0;
 
 	if (!task || !c || !frames)

@@ -166,7 +166,7 @@ static inline s16 syscall_of(u64 task)
 static inline void count_wait(struct thread_state *s, u64 wait)
 {
 	u32 i = s->slot * NCPU + bpf_get_smp_processor_id();
-	struct hist *h = lat_hist.lookup(&i);
+	struct hist *h = (void *)lat_hist.lookup(&i);
 	u64 slot;
 
 	s->waits++;

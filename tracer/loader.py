@@ -11,6 +11,7 @@ from __future__ import annotations
 import mmap
 import os
 import re
+import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ import latrace.probes
 from . import bpf
 from .btf import Btf
 from .errors import HostError
+from .options import Options
 
 PROBES = Path(latrace.probes.__path__[0])
 
@@ -107,6 +109,10 @@ def kernel_constants(btf: Btf) -> dict[str, int]:
     return constants
 
 
+# One for each process, as far as these bytes go; the processes beyond share one.
+_HISTOGRAMS, _HISTOGRAM_BYTES, _HISTOGRAMS_BYTES = 63, 30_272, 64 << 20
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Build:
     """What is fixed when the probes are compiled."""
@@ -116,6 +122,20 @@ class Build:
     single_threads: bool = False
     cgroups: bool = False
     stacks: bool = True
+
+
+def build_for(options: Options) -> Build:
+    """What a trace of these targets needs."""
+    several = options.children or options.comms or options.cgroups
+    affordable = _HISTOGRAMS_BYTES // (possible_cpus() * _HISTOGRAM_BYTES)
+    processes = len(options.pids) + len(options.tids)
+    return Build(
+        ring_bytes=options.ring_bytes,
+        histograms=1 + max(1, min(_HISTOGRAMS if several else processes, _HISTOGRAMS, affordable)),
+        single_threads=bool(options.tids),
+        cgroups=bool(options.cgroups),
+        stacks=options.stacks,
+    )
 
 
 def pid_max() -> int:
@@ -154,6 +174,7 @@ class Probes:
     """The loaded programs and their maps. `attach()` starts them, `close()` frees everything."""
 
     module: Any
+    build: Build
     programs: dict[str, int] = field(default_factory=dict)
     links: list[int] = field(default_factory=list)
 
@@ -202,6 +223,7 @@ def load(btf: Btf, build: Build) -> Probes:
         "NSLOT": build.histograms,
         "RING_PAGES": build.ring_bytes // mmap.PAGESIZE,
         "SINGLE_THREADS": int(build.single_threads),
+        "CGROUPS": int(build.cgroups),
         "SELF_TGID": os.getpid(),
     }
     BPF = import_bcc()
@@ -216,7 +238,7 @@ def load(btf: Btf, build: Build) -> Probes:
             f"bcc could not compile the probes or make their maps: {error}",
             hint="bcc printed the reason above; see: latrace doctor",
         ) from error
-    probes = Probes(module)
+    probes = Probes(module, build)
     free = module[b"lat_free"]
     for number in range(1, build.histograms):
         free.push(free.Leaf(number))
@@ -235,6 +257,31 @@ def load(btf: Btf, build: Build) -> Probes:
         probes.close()
         raise
     return probes
+
+
+class Loading:
+    """Loads the probes on a thread: the compiler leaves Python free to import the rest."""
+
+    def __init__(self, options: Options) -> None:
+        self._options = options
+        self._probes: Probes | None = None
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="latrace-load")
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._probes = load(Btf(), build_for(self._options))
+        except BaseException as error:  # told by `result`
+            self._error = error
+
+    def result(self) -> Probes:
+        """The probes, loaded and not attached. Raises what `load` raises."""
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+        assert self._probes is not None
+        return self._probes
 
 
 def _load_one(probes: Probes, name: str, type_id: int | None, *, iterator: bool) -> None:

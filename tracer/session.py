@@ -26,14 +26,13 @@ import numpy.typing as npt
 from latrace.analysis import histogram
 
 from . import bpf, loader
-from .btf import Btf
 from .budget import Budget
 from .cost import Cost
 from .errors import LatraceError, NoTargetError
 from .membership import members, write_rules
 from .options import Options
 from .processes import read_task
-from .records import CELL_BYTES, HIST, STACK, THREAD, WAIT, Place, Record, ThreadEvent
+from .records import CELL_BYTES, STACK, THREAD, WAIT, Place, Record, ThreadEvent
 from .ring import Ring
 from .rows import cgroup_of, split, wait_columns
 from .shared import TARGET_PROCESS, TARGET_THREAD, Shared
@@ -46,7 +45,6 @@ if TYPE_CHECKING:
 _FLUSH_S = 0.5
 _SLEEP_MIN_S, _SLEEP_MAX_S = 0.001, 0.1
 _ROWS_PER_APPEND = 1 << 16
-_HISTOGRAM_BYTES = 64 << 20
 _NAMING_TIMEOUT_S = 30.0
 _SETTLE_S = 0.002  # programs that run on another CPU while we detach end within microseconds
 _LAST_SWITCH_S = 0.2
@@ -78,7 +76,7 @@ class Tracer:
     On entry the probes are attached and the state of threads already there is known. Raises
     HostError when this host cannot, NoTargetError when no target is left, LatraceError when the
     capture cannot be written. On exit everything is detached and the capture closed, complete
-    unless an exception came through.
+    unless an exception came through. `loading`: the probes, where loading them has begun already.
     """
 
     def __init__(
@@ -87,8 +85,10 @@ class Tracer:
         out: OutputDir | Callable[[], OutputDir],
         *,
         command: list[str],
+        loading: loader.Loading | None = None,
     ) -> None:
         self._options = options
+        self._loading = loading or loader.Loading(options)
         self._out = out
         self._command = command
         self._live: dict[int, int] = {}
@@ -119,22 +119,9 @@ class Tracer:
 
     def _attach(self, undo: contextlib.ExitStack) -> None:
         options = self._options
-        several = options.children or options.comms or options.cgroups
-        affordable = _HISTOGRAM_BYTES // (loader.possible_cpus() * HIST.itemsize)
-        processes = 63 if several else len(options.pids) + len(options.tids)
-        histograms = 1 + max(1, min(processes, 63, affordable))
-        self._probes = loader.load(
-            Btf(),
-            loader.Build(
-                ring_bytes=options.ring_bytes,
-                histograms=histograms,
-                single_threads=bool(options.tids),
-                cgroups=bool(options.cgroups),
-                stacks=options.stacks,
-            ),
-        )
+        self._probes = self._loading.result()
         undo.callback(self._probes.close)
-        self._shared = Shared(self._probes, histograms)
+        self._shared = Shared(self._probes)
         self._ring = Ring(self._probes.map_fd("lat_ring"), options.ring_bytes)
         undo.callback(self._alive.close)
         self._budget = Budget(self._shared, options)

@@ -22,8 +22,8 @@ _COUNTERS = tuple(
 class Shared:
     """Live views of the maps; numbers in them change while one looks."""
 
-    def __init__(self, probes: Probes, histograms: int) -> None:
-        cpus = possible_cpus()
+    def __init__(self, probes: Probes) -> None:
+        cpus, histograms = possible_cpus(), probes.build.histograms
 
         def view(name: str, dtype: Any, *shape: int) -> npt.NDArray[Any]:
             size = int(np.prod(shape)) * np.dtype(dtype).itemsize

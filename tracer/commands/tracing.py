@@ -69,9 +69,12 @@ def trace(
         return made[-1]
 
     with explained():
+        from latrace.tracer.loader import Loading  # noqa: PLC0415
+
+        loading = Loading(plan.options)
         from latrace.tracer.session import Tracer  # noqa: PLC0415
 
-        tracer = Tracer(plan.options, make_output, command=sys.argv)
+        tracer = Tracer(plan.options, make_output, command=sys.argv, loading=loading)
         tracer.__enter__()
     view = make_view(status, redraw=plan.redraw)
 
