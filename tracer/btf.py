@@ -35,7 +35,7 @@ class Btf:
         except OSError as error:
             raise HostError(
                 f"the kernel's type information cannot be read: {path}: {error.strerror}",
-                hint="latrace needs a kernel built with CONFIG_DEBUG_INFO_BTF=y; see: latrace doctor",
+                hint="the kernel must be built with CONFIG_DEBUG_INFO_BTF=y; see: latrace doctor",
             ) from error
         magic, _, _, header, type_off, type_len, str_off, str_len = struct.unpack_from(
             "<HBBIIIII", raw

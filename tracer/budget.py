@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
 from latrace.analysis.histogram import bounds
 
 from .options import Options

@@ -55,7 +55,9 @@ class Cost:
 
     def self_cpu_percent(self) -> float:
         """Our CPU time since the start, in percent of one CPU."""
-        return 100 * (_cpu_s() - self._cpu_at_start_s) / max(1e-3, time.monotonic() - self._started_s)
+        return (
+            100 * (_cpu_s() - self._cpu_at_start_s) / max(1e-3, time.monotonic() - self._started_s)
+        )
 
     def bpf_percent(self) -> float | None:
         """The programs' run time, in percent of one CPU; None while not yet measured."""

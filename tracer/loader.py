@@ -94,7 +94,7 @@ def kernel_constants(btf: Btf) -> dict[str, int]:
         if offset is None:
             raise HostError(
                 f"this kernel has no {struct}.{field_name}",
-                hint="it was built without a scheduler option that latrace needs; see: latrace doctor",
+                hint="it was built without a scheduler option; see: latrace doctor",
             )
         constants[name] = offset
     for name, (struct, field_name) in _OPTIONAL_OFFSETS.items():
@@ -157,7 +157,7 @@ def import_bcc() -> Any:
     os.environ["BCC_KERNEL_SOURCE"] = str(PROBES)  # read when it compiles
     hint = "apt-get install python3-bpfcc (never `pip install bcc`: another project)"
     try:
-        import bcc
+        import bcc  # noqa: PLC0415 - it reads the variable, and may be missing
     except ImportError as error:
         raise HostError(
             f"bcc, which compiles the probes, is not installed ({error})", hint=hint
@@ -230,9 +230,7 @@ def load(btf: Btf, build: Build) -> Probes:
     text = "".join(f'#line 1 "{name}"\n{(PROBES / name).read_text()}' for name in SOURCES)
     flags = [f"-D{name}={value}" for name, value in constants.items()]
     try:
-        module = BPF(
-            text=text.encode(), cflags=[*flags, f"-I{PROBES}", "-Wno-unused-function"]
-        )
+        module = BPF(text=text.encode(), cflags=[*flags, f"-I{PROBES}", "-Wno-unused-function"])
     except Exception as error:
         raise HostError(
             f"bcc could not compile the probes or make their maps: {error}",
@@ -264,14 +262,13 @@ class Loading:
 
     def __init__(self, options: Options) -> None:
         self._options = options
-        self._probes: Probes | None = None
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="latrace-load")
         self._thread.start()
 
     def _run(self) -> None:
         try:
-            self._probes = load(Btf(), build_for(self._options))
+            self._probes: Probes = load(Btf(), build_for(self._options))
         except BaseException as error:  # told by `result`
             self._error = error
 
@@ -280,7 +277,6 @@ class Loading:
         self._thread.join()
         if self._error is not None:
             raise self._error
-        assert self._probes is not None
         return self._probes
 
 

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from .options import Options
 from .processes import descendants, processes
-from .records import CONTROL, PATTERNS
+from .records import PATTERNS
 from .targets import cgroup_members, comm_matches
 
 
@@ -39,7 +39,6 @@ def write_rules(control: npt.NDArray[np.void], options: Options) -> None:
 
     Forks are followed for `children`, and in a cgroup, which a child is born into.
     """
-    assert control.dtype == CONTROL
     control["follow_forks"] = options.children or bool(options.cgroups)
     for index, comm in enumerate(options.comms[:PATTERNS]):
         # An exact name is compared up to and including its NUL, a prefix without one.

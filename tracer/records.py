@@ -50,16 +50,14 @@ WAIT_KINDS = ("wakeup", "new", "preempted")
 WAKER_CONTEXTS = ("task", "softirq", "hardirq", "unknown")
 
 
-
 def _in_cell(fields: list[tuple[Any, ...]]) -> np.dtype[np.void]:
     """A packed record, with the rest of its cell as padding."""
-    packed = np.dtype(fields)
-    assert packed.names and packed.fields
+    places = dict(np.dtype(fields).fields or {})
     return np.dtype(
         {
-            "names": packed.names,
-            "formats": [packed.fields[name][0] for name in packed.names],
-            "offsets": [packed.fields[name][1] for name in packed.names],
+            "names": list(places),
+            "formats": [kind for kind, *_ in places.values()],
+            "offsets": [offset for _, offset, *_ in places.values()],
             "itemsize": CELL_BYTES,
         }
     )

@@ -97,5 +97,3 @@ class Ring:
 def page_align(size: int) -> int:
     """The next power of two that is at least `size` and one page: what a ring can have."""
     return max(mmap.PAGESIZE, 1 << (size - 1).bit_length())
-
-

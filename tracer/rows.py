@@ -40,7 +40,7 @@ def wait_columns(
 ) -> dict[str, Any]:
     """Columns of the table `waits`.
 
-    `waits`: shape (n,) of dtype WAIT; the stack ids: shape (n,), −1 where there is none.
+    `waits`: shape (n,) of dtype WAIT; the stack ids: shape (n,), -1 where there is none.
     """
     from .writer import names_from_bytes, names_from_codes  # noqa: PLC0415 - as above
 

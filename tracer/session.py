@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import numpy.typing as npt
+
 from latrace.analysis import histogram
 
 from . import bpf, loader
@@ -137,9 +138,7 @@ class Tracer:
         for _ in range(2):
             self._shared.targets[list(members(options))] |= TARGET_PROCESS
             self._take_threads(
-                np.frombuffer(
-                    bpf.read_iterator(self._probes.programs["lat_iter_seed"]), THREAD
-                )
+                np.frombuffer(bpf.read_iterator(self._probes.programs["lat_iter_seed"]), THREAD)
             )
         if not self._live and not (options.comms or options.cgroups):
             raise NoTargetError(
@@ -226,7 +225,9 @@ class Tracer:
             if stop.is_set() or now >= end_s or self._all_ended():
                 return
             # Aim at a ring an eighth full at each look: no wake-up per event, none in vain.
-            sleep_s = min(max(sleep_s * min(2.0, 0.125 / max(used, 1e-3)), _SLEEP_MIN_S), _SLEEP_MAX_S)
+            sleep_s = min(
+                max(sleep_s * min(2.0, 0.125 / max(used, 1e-3)), _SLEEP_MIN_S), _SLEEP_MAX_S
+            )
             self._sleep(min(sleep_s, max(0.0, end_s - now)))
 
     def _sleep(self, seconds: float) -> None:
@@ -288,8 +289,9 @@ class Tracer:
                 self._pending = [waits[~ready]]
                 self._pending_rows = int((~ready).sum())
                 waits = waits[ready]
-        stacks, waker_stacks = self._stacks.ids(waits["stack_key"]), self._stacks.ids(
-            waits["waker_key"]
+        stacks, waker_stacks = (
+            self._stacks.ids(waits["stack_key"]),
+            self._stacks.ids(waits["waker_key"]),
         )
         self._writer.append("waits", wait_columns(waits, stacks, waker_stacks))
 
@@ -324,7 +326,7 @@ class Tracer:
         self._alive.add(tgid)
 
     def _write_threads(self, threads: npt.NDArray[np.void], stacks: list[int]) -> None:
-        """Final rows of threads: shape (n,) of dtype THREAD, and where they stand, −1 unknown."""
+        """Final rows of threads: shape (n,) of dtype THREAD, and where they stand, -1 unknown."""
         is_open = threads["event"] == ThreadEvent.END
         self._writer.append(
             "threads",

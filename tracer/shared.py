@@ -1,4 +1,4 @@
-"""The probes' array maps as numpy arrays over memory shared with the kernel: no call to read them."""
+"""The probes' array maps as numpy arrays over memory shared with the kernel."""
 
 from __future__ import annotations
 

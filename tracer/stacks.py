@@ -11,6 +11,7 @@ import queue
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -97,7 +98,7 @@ class StackCells:
         self._waiting = cells[np.repeat(~whole, counts)][-_WAITING_CELLS:]
 
     def ids(self, keys: npt.NDArray[np.uint64]) -> npt.NDArray[np.int32]:
-        """Stack ids of keys; −1 for key 0 and for stacks that have not come. Each is given once."""
+        """Stack ids of keys; -1 for key 0 and for stacks that have not come. Each is given once."""
         found = np.full(len(keys), -1, np.int32)
         for index in np.flatnonzero(keys):
             found[index] = self._by_key.pop(int(keys[index]), -1)
@@ -105,7 +106,7 @@ class StackCells:
 
     def arrived(self, keys: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
         """Which keys need no more waiting: those of 0, and those whose stack is here."""
-        here = keys == 0
+        here: npt.NDArray[np.bool_] = keys == 0
         for index in np.flatnonzero(~here):
             here[index] = int(keys[index]) in self._by_key
         return here
@@ -160,9 +161,9 @@ class Naming:
         self._thread.join(timeout_s)
         return self.take()
 
-    def stats(self) -> dict[str, int]:
+    def stats(self) -> dict[str, Any]:
         """What the look-up refused or could not read, by reason."""
-        return dict(self._symbolizer.stats)
+        return self._symbolizer.stats
 
     def _run(self) -> None:
         known: set[int] = set()

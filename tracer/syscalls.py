@@ -69,5 +69,5 @@ _NAMES = _by_number(_X86_64)
 
 
 def syscall_name(number: int) -> str | None:
-    """The call's name, `syscall_N` when it is newer than this table, None for no call (−1)."""
+    """The call's name, `syscall_N` when it is newer than this table, None for no call (-1)."""
     return None if number < 0 else _NAMES.get(number, f"syscall_{number}")

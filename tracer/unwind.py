@@ -1,9 +1,9 @@
 """Where a sleeping thread stands in user space, by its frame pointers.
 
-Only for threads that never ran while they were traced: nothing of them was sampled, yet a long sleep
-is what one wants to see. Their registers come from the kernel, their stack from
-process_vm_readv(2). The layout of a frame (saved frame pointer, return address) is the System V
-ABI's, AMD64 supplement, 3.2.2.
+Only for threads that still sleep when the trace ends: that sleep was not sampled, yet a long one is
+what one wants to see. Their registers come from the kernel, their stack from process_vm_readv(2).
+The layout of a frame (saved frame pointer, return address) is the System V ABI's, AMD64
+supplement, 3.2.2.
 """
 
 from __future__ import annotations

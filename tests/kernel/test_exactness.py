@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from test_known_answers import check_invariants, column
+from tracing import Traced, trace
+
 from latrace.analysis import histogram
 from latrace.analysis.summary import summarise
 from latrace.tracer.options import Options
-from test_known_answers import check_invariants, column
-from tracing import Traced, trace
 
 pytestmark = pytest.mark.kernel
 
@@ -71,7 +72,11 @@ def test_exact_when_the_ring_overflows(waits: Path, tmp_path: Path) -> None:
     assert details >= quality["waits"] - quality["missed_switches"]
     assert quality["degraded"]
     summary = summarise(traced.capture)
-    assert summary["waits"]["count"] == quality["waits"] == traced.capture.totals.to_pylist()[0]["waits"]
+    assert (
+        summary["waits"]["count"]
+        == quality["waits"]
+        == traced.capture.totals.to_pylist()[0]["waits"]
+    )
     counts = histogram.from_buckets(
         column(traced.capture, "hist", "lo_ns"), column(traced.capture, "hist", "count")
     )
@@ -142,5 +147,3 @@ def test_stacks_stay_within_their_budget(waits: Path, tmp_path: Path) -> None:
     assert (weights > 0).sum() <= 100 * (seconds + 1)
     (total,) = traced.capture.totals.to_pylist()
     assert 0.5 * total["wait_ns"] < weights.sum() <= total["wait_ns"]
-
-

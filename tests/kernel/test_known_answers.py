@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -10,10 +11,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tracing import Traced, trace
+
+import latrace
 from latrace.analysis.capture import Capture
 from latrace.flamegraphs.build import build_profile
 from latrace.tracer.options import Options
-from tracing import Traced, trace
+from latrace.tracer.outputs import create_output_dir
+from latrace.tracer.session import Tracer
 
 pytestmark = pytest.mark.kernel
 
@@ -162,15 +167,13 @@ def test_single_thread(waits: Path, tmp_path: Path) -> None:
 def test_by_name(waits: Path, tmp_path: Path) -> None:
     """Processes that take a traced name later are traced as well."""
 
-    def run_another(pid: int) -> None:
-        import subprocess
-
+    def run_another(_pid: int) -> None:
         subprocess.run([waits, "idle", "1"], input=b"x", check=True)
 
     traced = trace(
         [waits, "idle", "300"],
         tmp_path / "c",
-        make_options=lambda pid: Options(comms=("wait*",), min_ns=0),
+        make_options=lambda _pid: Options(comms=("wait*",), min_ns=0),
         meanwhile=run_another,
     )
     check_invariants(traced)
@@ -203,7 +206,7 @@ def test_by_cgroup(waits: Path, tmp_path: Path) -> None:
         traced = trace(
             [waits, "sleepers", "800"],
             tmp_path / "c",
-            make_options=lambda pid: Options(cgroups=(group,), min_ns=0),
+            make_options=lambda _pid: Options(cgroups=(group,), min_ns=0),
             meanwhile=join_then_leave,
         )
     finally:
@@ -220,7 +223,7 @@ def test_waits_and_sleeps_under_way_at_the_edges(waits: Path, tmp_path: Path) ->
         [waits, "idle", "900"],
         tmp_path / "c",
         make_options=every_wait,
-        meanwhile=lambda pid: time.sleep(0.5),
+        meanwhile=lambda _pid: time.sleep(0.5),
         stop_first=True,
     )
     check_invariants(traced)
@@ -236,16 +239,11 @@ def test_waits_and_sleeps_under_way_at_the_edges(waits: Path, tmp_path: Path) ->
 
 def test_wait_under_way_at_attach(waits: Path, tmp_path: Path) -> None:
     """A thread that waits when we attach: its wait is as long as the kernel says, not cut."""
-    import subprocess
-
     program = subprocess.Popen([waits, "fight", "60000"], stdin=subprocess.PIPE)
     assert program.stdin
     program.stdin.write(b"x")
     program.stdin.close()
     time.sleep(0.2)
-    from latrace.tracer.outputs import create_output_dir
-    from latrace.tracer.session import Tracer
-
     options = Options(pids=(program.pid,), min_ns=0, duration_s=1.0)
     try:
         with Tracer(
@@ -255,8 +253,6 @@ def test_wait_under_way_at_attach(waits: Path, tmp_path: Path) -> None:
     finally:
         program.kill()
         program.wait()
-    import latrace
-
     capture = latrace.open(tmp_path / "c")
     quality = capture.manifest["quality"]
     assert quality["open_at_start"] >= 1
@@ -275,9 +271,7 @@ def test_sampled_stacks_have_their_true_share(waits: Path, tmp_path: Path) -> No
 
     def share(name: str) -> float:
         return sum(
-            weight
-            for stack, weight in profile.stacks
-            if any(frame.name == name for frame in stack)
+            weight for stack, weight in profile.stacks if any(frame.name == name for frame in stack)
         )
 
     found = share("sleep_long") / (share("sleep_long") + share("sleep_short"))

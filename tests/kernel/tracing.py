@@ -44,7 +44,7 @@ def trace(
     output: Path,
     *,
     make_options: Callable[[int], Options],
-    meanwhile: Callable[[int], None] = lambda pid: None,
+    meanwhile: Callable[[int], None] = lambda _pid: None,
     stop_first: bool = False,
 ) -> Traced:
     """Start `command`, attach, let it go by a byte on its standard input, trace to its end.

@@ -10,6 +10,8 @@ import latrace.probes
 
 PROBES = Path(latrace.probes.__path__[0])
 
+INCLUDES = (f"-I{PROBES}", f"-I{PROBES / 'include'}")
+
 SOURCE = """
 #include "latrace.h"
 #include "wait.h"
@@ -34,8 +36,7 @@ int kind(struct wait_state *s) { return s->kind; }
 def compile_c(source: str, output: Path, *flags: str) -> Path:
     """Compile C with the probes' own headers in front of the system's."""
     subprocess.run(
-        ["cc", "-x", "c", "-", "-o", output, "-O2", "-Wall", f"-I{PROBES}", *flags]
-        + [f"-I{PROBES / 'include'}"],
+        ["cc", "-x", "c", "-", "-o", output, "-O2", "-Wall", *flags, *INCLUDES],
         input=source.encode(),
         check=True,
     )

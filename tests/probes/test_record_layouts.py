@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
-from pathlib import Path
 
 import numpy as np
 import pytest
-from host_build import compile_c
+from host_build import PROBES, compile_c
+
 from latrace.analysis import histogram
 from latrace.tracer import records
+from latrace.tracer.loader import SOURCES
 
 CONSTANTS = {
     "CELL_BYTES": records.CELL_BYTES,
@@ -64,10 +66,6 @@ def test_layout(compiled: dict[str, int], struct: str) -> None:
 
 
 def test_every_c_struct_that_crosses_is_here() -> None:
-    import re
-
-    from host_build import PROBES
-
     text = (PROBES / "latrace.h").read_text()
     crossing = set(re.findall(r"^struct (\w+) \{", text, re.M)) - {"comm_pattern", "cgroup_id"}
     assert crossing == set(records.STRUCTS)
@@ -88,8 +86,5 @@ def test_slots_are_those_of_the_analysis() -> None:
     assert records.HIST_SLOTS == histogram.SLOTS
 
 
-def test_probes_are_shipped(tmp_path: Path) -> None:
-    from host_build import PROBES
-    from latrace.tracer.loader import SOURCES
-
+def test_probes_are_shipped() -> None:
     assert all((PROBES / name).is_file() for name in SOURCES)

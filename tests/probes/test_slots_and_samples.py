@@ -7,6 +7,7 @@ import ctypes
 import numpy as np
 from hypothesis import example, given
 from hypothesis import strategies as st
+
 from latrace.analysis import histogram
 
 U64 = st.integers(0, 2**64 - 1) | st.integers(0, 63).map(lambda bit: 1 << bit)

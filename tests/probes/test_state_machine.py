@@ -86,8 +86,10 @@ STEPS = st.lists(
 
 
 @given(STEPS)
-def test_any_order_the_kernel_can_produce(probes: ctypes.CDLL, steps: list[tuple[str, int]]) -> None:
-    """Wakings and wake-ups come at any time; a thread leaves a CPU it is on, enters one runnable."""
+def test_any_order_the_kernel_can_produce(
+    probes: ctypes.CDLL, steps: list[tuple[str, int]]
+) -> None:
+    """Wakings come at any time; a thread leaves a CPU it is on and enters one when runnable."""
     model, real, now = Model(), Real(probes), 1000
     for step, later in steps:
         now += later + 1
