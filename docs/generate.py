@@ -235,8 +235,10 @@ def _completes(parameter: Parameter) -> str:
     """Say what to complete a value with: choices, pid, comm, folder, file or nothing."""
     if parameter.choices:
         return "choices"
-    kinds = {"PID,…": "pid", "TID,…": "pid", "NAME,…": "comm", "DIR": "folder", "PATH": "folder"}
-    return kinds.get(parameter.value, "file" if not parameter.names else "nothing")
+    by_name = {"--pid": "pid", "--tid": "pid", "--comm": "comm", "--cgroup": "folder"}
+    by_value = {"DIR": "folder", "OUT": "file"}
+    kinds = [by_name[name] for name in parameter.names if name in by_name]
+    return kinds[0] if kinds else by_value.get(parameter.value, "nothing")
 
 
 def bash_completion(commands: tuple[Command, ...]) -> str:

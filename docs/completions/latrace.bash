@@ -19,12 +19,24 @@ _latrace() {
             mapfile -t COMPREPLY < <(compgen -W "wait offcpu waker" -- "$word")
             return
             ;;
+        attach:--comm)
+            while IFS= read -r name; do
+                [[ $name != "$word"* ]] || COMPREPLY+=("$(printf '%q' "$name")")
+            done < <(cat /proc/[0-9]*/comm 2>/dev/null | sort -u)
+            return
+            ;;
         attach:--cgroup | attach:-o | attach:--output | run:-o | run:--output | flame:-i | flame:--input | report:-i | report:--input | demo:-o | demo:--output)
             compopt -o filenames; mapfile -t COMPREPLY < <(compgen -d -- "$word")
             return
             ;;
-        attach:-p | attach:--pid | attach:-t | attach:--tid | attach:--comm | attach:-d | attach:--duration | attach:--min | attach:--slow | attach:--stack-budget | attach:--ring-size | run:-d | run:--duration | run:--min | run:--slow | run:--stack-budget | run:--ring-size | demo:-d | demo:--duration)
+        attach:-d | attach:--duration | attach:--min | attach:--slow | attach:--stack-budget | attach:--ring-size | run:-d | run:--duration | run:--min | run:--slow | run:--stack-budget | run:--ring-size | demo:-d | demo:--duration)
             :
+            return
+            ;;
+        attach:-p | attach:--pid | attach:-t | attach:--tid)
+            for name in /proc/[0-9]*; do
+                [[ ${name#/proc/} != "$word"* ]] || COMPREPLY+=("${name#/proc/}")
+            done
             return
             ;;
         run:--)

@@ -20,8 +20,8 @@ _arguments -C \
 case $line[1] in
     attach)
         _arguments -s \
-            '(-p --pid)'{-p,--pid}'[Processes\: all their threads, present and future.]:PID\[,PID\]: ' \
-            '(-t --tid)'{-t,--tid}'[Single threads.]:TID\[,TID\]: ' \
+            '(-p --pid)'{-p,--pid}'[Processes\: all their threads, present and future.]:PID\[,PID\]:_pids' \
+            '(-t --tid)'{-t,--tid}'[Single threads.]:TID\[,TID\]:_pids' \
             ''--comm'[Processes by name; a trailing * is a prefix.]:NAME\[,NAME\]: ' \
             ''--cgroup'[All processes of a cgroup, present and future\: its directory, or its path in the cpu (v1) or unified (v2) hierarchy. May be repeated.]:PATH:_files -/' \
             ''--children'[Also all descendants alive now, and all forked later.]' \
