@@ -33,7 +33,7 @@ struct wait_record {
 #define STACK_FRAMES (STACK_KERNEL_FRAMES + STACK_USER_FRAMES)
 
 struct stack_record {
-	u8 type, part, pad[2];
+	u8 type, part, has_user, pad;	/* has_user: the thread is in user space as well */
 	u16 kernel, user;		/* frames in the whole stack; kernel ones first, leaf first */
 	u64 key;
 	u32 tid, tgid;

@@ -3,16 +3,55 @@
  * their size does not matter.
  */
 
-/* Take kernel and user stack of the current task, send them; returns 0 when that failed.
- * `where` picks the scratch space: a waker can be an interrupt that came while another stack was
- * being taken on this CPU. */
-static inline int send_stack(void *ctx, struct cpu_state *c, u64 key, u64 task, int user,
-			     u32 where)
+/* Where stacks are gathered before they are sent. A waker can be an interrupt that came while
+ * another stack was being taken on this CPU, so each place has its own. */
+enum scratch_place { SCRATCH_WAKER, SCRATCH_WAKER_IRQ, SCRATCH_VICTIM, SCRATCH_PLACES };
+
+static inline struct scratch *scratch_at(u32 place)
 {
-	u32 cpu = bpf_get_smp_processor_id(), slot = cpu * 3 + where, part;
-	struct scratch *s = (void *)lat_scratch.lookup(&slot);
+	u32 slot = bpf_get_smp_processor_id() * SCRATCH_PLACES + place;
+
+	return (struct scratch *)lat_scratch.lookup(&slot);
+}
+
+/* Send the first `kernel + user` frames of `s`; returns 0 when the ring was full. */
+static inline int send_frames(struct cpu_state *c, struct scratch *s, u64 key, u64 task,
+			      u32 kernel, u32 user, int has_user)
+{
+	u32 part, i;
+
+	LOOP (part = 0; part < STACK_FRAMES / STACK_CELL_FRAMES; part++) {
+		struct stack_record *r;
+
+		if (part && part * STACK_CELL_FRAMES >= kernel + user)
+			break;
+		r = lat_ring.ringbuf_reserve(CELL_BYTES);
+		if (!r)
+			return 0;
+		r->type = RECORD_STACK;
+		r->part = part;
+		r->has_user = has_user;
+		r->pad = 0;
+		r->kernel = kernel;
+		r->user = user;
+		r->key = key;
+		r->tid = LD32(task, OFF_TASK_PID);
+		r->tgid = LD32(task, OFF_TASK_TGID);
+#pragma unroll
+		for (i = 0; i < STACK_CELL_FRAMES; i++)
+			r->frames[i] = s->frames[part * STACK_CELL_FRAMES + i];
+		lat_ring.ringbuf_submit(r, BPF_RB_NO_WAKEUP);
+	}
+	c->stacks++;
+	return 1;
+}
+
+/* Take and send the kernel stack and, if `user`, the user stack of the current task. */
+static inline int send_stack(void *ctx, struct cpu_state *c, u64 key, u64 task, int user,
+			     u32 place)
+{
+	struct scratch *s = scratch_at(place);
 	long kernel_bytes, user_bytes = 0;
-	u32 n;
 
 	if (!s)
 		return 0;
@@ -26,31 +65,15 @@ static inline int send_stack(void *ctx, struct cpu_state *c, u64 key, u64 task, 
 					  STACK_USER_FRAMES * 8, 1 << 8 /* BPF_F_USER_STACK */);
 	if (user_bytes < 0)
 		user_bytes = 0;
-	n = (kernel_bytes + user_bytes) / 8;
-	LOOP (part = 0; part < STACK_FRAMES / STACK_CELL_FRAMES; part++) {
-		struct stack_record *r;
-		u32 i;
+	return send_frames(c, s, key, task, kernel_bytes / 8, user_bytes / 8, user);
+}
 
-		if (part && part * STACK_CELL_FRAMES >= n)
-			break;
-		r = lat_ring.ringbuf_reserve(CELL_BYTES);
-		if (!r)
-			return 0;
-		r->type = RECORD_STACK;
-		r->part = part;
-		r->pad[0] = r->pad[1] = 0;
-		r->kernel = kernel_bytes / 8;
-		r->user = user_bytes / 8;
-		r->key = key;
-		r->tid = LD32(task, OFF_TASK_PID);
-		r->tgid = LD32(task, OFF_TASK_TGID);
-#pragma unroll
-		for (i = 0; i < STACK_CELL_FRAMES; i++)
-			r->frames[i] = s->frames[part * STACK_CELL_FRAMES + i];
-		lat_ring.ringbuf_submit(r, BPF_RB_NO_WAKEUP);
-	}
-	c->stacks++;
-	return 1;
+/* The kernel stack of a task that does not run: all that can be had of it. Returns bytes. */
+static inline long stack_of_sleeper(struct scratch *s, u64 task)
+{
+	long bytes = get_task_stack(task, s->frames, STACK_KERNEL_FRAMES * 8, 0);
+
+	return bytes < 0 || bytes > STACK_KERNEL_FRAMES * 8 ? 0 : bytes;
 }
 
 static inline u64 new_key(struct cpu_state *c)

@@ -40,8 +40,7 @@ int lat_iter_end(u64 *ctx)
 	struct thread_record r = {};
 	struct thread_state *s;
 	struct cpu_state *c = this_cpu();
-	u32 cpu = bpf_get_smp_processor_id(), slot = cpu * 3;
-	struct scratch *frames = (void *)lat_scratch.lookup(&slot);
+	struct scratch *frames = scratch_at(SCRATCH_VICTIM);
 	long bytes = 0;
 
 	if (!task || !c || !frames)
@@ -58,9 +57,7 @@ int lat_iter_end(u64 *ctx)
 		r.open_ns = r.ts_ns - s->wait.start_ns;
 	if (s->wait.place == PLACE_BLOCKED) {
 		r.open_ns = r.ts_ns - s->wait.off_ns;
-		bytes = get_task_stack(task, frames->frames, STACK_KERNEL_FRAMES * 8, 0);
-		if (bytes < 0 || bytes > STACK_KERNEL_FRAMES * 8)
-			bytes = 0;
+		bytes = stack_of_sleeper(frames, task);
 		r.frames = bytes / 8;
 #ifdef OFF_REGS_FP
 		u64 regs = task_pt_regs(task);

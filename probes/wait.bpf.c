@@ -92,7 +92,9 @@ int lat_waking(u64 *ctx)
 		u64 key = new_key(c);
 
 		take_token(o);		/* the other one is for the thread's own stack */
-		if (send_stack(ctx, c, key, waker, s->waker_ctx == CTX_TASK, s->waker_ctx == CTX_HARDIRQ))
+		if (send_stack(ctx, c, key, waker,
+			       s->waker_ctx == CTX_TASK && !(LD32(waker, OFF_TASK_FLAGS) & PF_KTHREAD),
+			       s->waker_ctx == CTX_HARDIRQ ? SCRATCH_WAKER_IRQ : SCRATCH_WAKER))
 			s->waker_key = key;
 		else
 			c->lost_stacks++;
@@ -235,6 +237,23 @@ static inline void leave(u64 task, u64 now, int runnable, int dead)
 	}
 }
 
+/* Have the stack of a thread that is being switched in taken. Its user stack can be read only once
+ * it runs (lat_sched_exit); a kernel without that tracepoint gives the kernel stack alone. */
+static inline void want_stack(struct cpu_state *c, u64 key, u64 task)
+{
+#if USER_STACKS
+	c->missed_stacks += c->due_tid != 0;
+	c->due_key = key;
+	c->due_tid = LD32(task, OFF_TASK_PID);
+#else
+	struct scratch *frames = scratch_at(SCRATCH_VICTIM);
+
+	if (!frames || !send_frames(c, frames, key, task, stack_of_sleeper(frames, task) / 8, 0,
+				    1))
+		c->lost_stacks++;
+#endif
+}
+
 static inline void enter(u64 task, u64 now)
 {
 	struct thread_state *s = state_of(task);
@@ -289,11 +308,9 @@ static inline void enter(u64 task, u64 now)
 	weight = sample_weight(&s->wait_acc_ns, wait, o->wait_period_ns, o->slow_ns, o->tokens > 0);
 	if (weight | s->blocked_weight_ns) {
 		if (s->wait.kind != WAIT_NEW) {
-			c->missed_stacks += c->due_tid != 0;
 			key = new_key(c);
-			c->due_key = key;
-			c->due_tid = LD32(task, OFF_TASK_PID);
 			take_token(o);
+			want_stack(c, key, task);
 		}
 	} else if (wait < o->min_ns) {
 		return;
@@ -366,7 +383,7 @@ int lat_sched_exit(u64 *ctx)
 		return 0;
 	}
 	c->due_tid = 0;
-	if (!send_stack(ctx, c, key, task, 1, 2))
+	if (!send_stack(ctx, c, key, task, 1, SCRATCH_VICTIM))
 		c->lost_stacks++;
 	return 0;
 }

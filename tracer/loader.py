@@ -122,6 +122,8 @@ class Build:
     single_threads: bool = False
     cgroups: bool = False
     stacks: bool = True
+    user_stacks: bool = True
+    """False: kernel stacks alone, as on kernels without the tracepoint that user stacks need."""
 
 
 def build_for(options: Options) -> Build:
@@ -217,7 +219,10 @@ def load(btf: Btf, build: Build) -> Probes:
 
     Raises HostError when this host cannot: with the cause and what to do.
     """
+    # Added by 0bf1af1b8e0d (6.17).
+    user_stacks = build.stacks and build.user_stacks and btf.tracepoint("sched_exit_tp") is not None
     constants = kernel_constants(btf) | {
+        "USER_STACKS": int(user_stacks),
         "PID_MAX": pid_max(),
         "NCPU": possible_cpus(),
         "NSLOT": build.histograms,
@@ -244,8 +249,7 @@ def load(btf: Btf, build: Build) -> Probes:
         wanted = dict(_TRACEPOINTS)
         if build.cgroups:
             wanted["lat_cgroup_attach"] = "cgroup_attach_task"
-        # Added by 0bf1af1b8e0d (6.17); without it user stacks of slow waits cannot be had.
-        if build.stacks and btf.tracepoint("sched_exit_tp"):
+        if user_stacks:
             wanted["lat_sched_exit"] = "sched_exit_tp"
         for name, tracepoint in wanted.items():
             _load_one(probes, name, btf.tracepoint(tracepoint), iterator=False)

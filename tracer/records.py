@@ -91,7 +91,8 @@ STACK = _in_cell(
     [
         ("type", "u1"),
         ("part", "u1"),
-        ("pad", "u1", 2),
+        ("has_user", "u1"),
+        ("pad", "u1"),
         ("kernel", "<u2"),
         ("user", "<u2"),
         ("key", "<u8"),

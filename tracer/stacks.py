@@ -56,6 +56,8 @@ class RawStack:
     tgid: int
     kernel: npt.NDArray[np.uint64]
     user: npt.NDArray[np.uint64]
+    has_user: bool
+    """Whether there is a user stack to be had: not in an interrupt, nor of a kernel thread."""
 
 
 class StackCells:
@@ -68,14 +70,19 @@ class StackCells:
         self._by_key: dict[int, int] = {}
 
     def intern(
-        self, tgid: int, kernel: npt.NDArray[np.uint64], user: npt.NDArray[np.uint64]
+        self,
+        tgid: int,
+        kernel: npt.NDArray[np.uint64],
+        user: npt.NDArray[np.uint64],
+        *,
+        has_user: bool = True,
     ) -> int:
         """The id of a stack, the same for equal stacks of one process."""
         key = (tgid, len(kernel), kernel.tobytes() + user.tobytes())
         found = self._ids.get(key)
         if found is None:
             found = self._ids[key] = len(self._ids)
-            self._on_new(RawStack(found, tgid, kernel.copy(), user.copy()))
+            self._on_new(RawStack(found, tgid, kernel.copy(), user.copy(), has_user))
         return found
 
     def add(self, cells: npt.NDArray[np.void]) -> None:
@@ -91,7 +98,10 @@ class StackCells:
             frames = cells["frames"][start : start + counts[index]].ravel()
             kernel = int(first["kernel"])
             self._by_key[int(keys[index])] = self.intern(
-                int(first["tgid"]), frames[:kernel], frames[kernel : int(depth[index])]
+                int(first["tgid"]),
+                frames[:kernel],
+                frames[kernel : int(depth[index])],
+                has_user=bool(first["has_user"]),
             )
         # The rest of a stack follows at once. What is still in parts after so many cells has lost
         # one to a full ring.
@@ -192,7 +202,11 @@ class Naming:
                 number = self._frame_ids[frame] = len(self._frame_ids)
                 rows.frames.append((number, frame))
             ids.append(number)
-        whole = not user or (len(user) < STACK_USER_FRAMES and user[-1].symbol in _ROOTS)
+        whole = (
+            len(user) < STACK_USER_FRAMES and user[-1].symbol in _ROOTS
+            if user
+            else not stack.has_user
+        )
         rows.stacks.append((stack.id, ids, whole, len(kernel)))
         return rows
 
