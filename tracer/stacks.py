@@ -43,7 +43,8 @@ _ROOTS = frozenset(
     }
 )
 
-_WAITING_CELLS = 4096
+_WAITING_CELLS, _WAITING_STACKS = 1 << 12, 1 << 14
+_REMEMBERED = 1 << 17  # distinct stacks; beyond, all are forgotten and get a second id if they recur
 
 _Key = tuple[int, int, bytes]
 
@@ -66,6 +67,8 @@ class StackCells:
     def __init__(self, on_new: Callable[[RawStack], None]) -> None:
         self._on_new = on_new
         self._ids: dict[_Key, int] = {}
+        self._next_id = 0
+        self._dropped = 0
         self._waiting: npt.NDArray[np.void] = np.empty(0, STACK)
         self._by_key: dict[int, int] = {}
 
@@ -81,12 +84,18 @@ class StackCells:
         key = (tgid, len(kernel), kernel.tobytes() + user.tobytes())
         found = self._ids.get(key)
         if found is None:
-            found = self._ids[key] = len(self._ids)
+            if len(self._ids) >= _REMEMBERED:
+                self._ids.clear()
+            found = self._ids[key] = self._next_id
+            self._next_id += 1
             self._on_new(RawStack(found, tgid, kernel.copy(), user.copy(), has_user))
         return found
 
     def add(self, cells: npt.NDArray[np.void]) -> None:
         """Take cells, shape (n,) of dtype STACK, in ring order."""
+        if len(self._by_key) > _WAITING_STACKS:  # their rows were lost to a full ring
+            self._dropped += len(self._by_key)
+            self._by_key.clear()
         cells = np.concatenate([self._waiting, cells])
         order = np.lexsort((cells["part"], cells["key"]))
         cells = cells[order]
@@ -123,7 +132,7 @@ class StackCells:
 
     def forget(self) -> int:
         """Drop what waits for cells that never came or rows that never came; returns how many."""
-        dropped = len(np.unique(self._waiting["key"])) + len(self._by_key)
+        dropped = self._dropped + len(np.unique(self._waiting["key"])) + len(self._by_key)
         self._waiting = np.empty(0, STACK)
         self._by_key.clear()
         return dropped

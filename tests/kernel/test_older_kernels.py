@@ -44,7 +44,8 @@ def test_kernel_stacks_where_user_stacks_cannot_be_had(waits: Path, tmp_path: Pa
     frames = {row["id"]: row["symbol"] for row in capture.frames.to_pylist()}
     sampled = {row["stack"] for row in capture.waits.to_pylist()} - {-1}
     assert sampled
-    for row in capture.stacks.to_pylist():
-        if row["id"] in sampled:
-            assert row["kernel_frames"] == len(row["frames"]) > 0
-            assert "hrtimer_nanosleep" in [frames[frame] for frame in row["frames"]]
+    stacks = [row for row in capture.stacks.to_pylist() if row["id"] in sampled]
+    assert all(row["kernel_frames"] == len(row["frames"]) > 0 for row in stacks)
+    assert not any(row["whole"] for row in stacks)
+    seen = {frames[frame] for row in stacks for frame in row["frames"]}
+    assert "hrtimer_nanosleep" in seen
