@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: MIT OR GPL-2.0-only */
 /* Log-linear histogram slots, the same in the kernel, in C tests on the host and in
  * analysis/histogram.py. 64 sub-buckets an octave: no bucket is wider than 1/64 (1.6 %) of its
  * lower bound, values below 128 ns are exact, and 3,776 slots cover every u64.

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: MIT OR GPL-2.0-only */
 /* Who is a target: threads and processes that come, change and join while we trace. */
 
 static inline int comm_matches(struct control *o, u64 *comm)

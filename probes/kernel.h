@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: MIT OR GPL-2.0-only */
 /* Reading the kernel's structures without its headers. Offsets (OFF_*) come from the running
  * kernel's BTF as -D constants; the verifier checks each load against the pointer's BTF type.
  * A plain `p->field` would be rewritten by bcc into a probe read, at several times the cost.

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: MIT OR GPL-2.0-only */
 /* The one definition of everything that crosses from the kernel to user space. tracer/records.py
  * has the same layouts as numpy dtypes; tests/probes compile this file and compare the two.
  *

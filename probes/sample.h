@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: MIT OR GPL-2.0-only */
 /* Which waits get a stack: sampling by time, not by event. Plain C, also built for the host.
  *
  * Each thread has one accumulator for the time it waited and one for the time it was blocked.

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: MIT OR GPL-2.0-only */
 /* Stacks travel in the ring as plain addresses, never through a stack map: a map of hashes loses
  * exactly the hot stacks, on collision (BPF_MAP_TYPE_STACK_TRACE). Few are taken (sample.h), so
  * their size does not matter.
@@ -65,11 +66,11 @@ static inline int send_stack(void *ctx, struct cpu_state *c, u64 key, u64 task, 
 					  STACK_USER_FRAMES * 8, 1 << 8 /* BPF_F_USER_STACK */);
 	if (user_bytes < 0)
 		user_bytes = 0;
-	return send_frames(c, s, key, task, kernel_bytes / 8, user_bytes / 8, user);
+	return send_frames(c, s, key, task, (u64)kernel_bytes / 8, (u64)user_bytes / 8, user);
 }
 
 /* The kernel stack of a task that does not run: all that can be had of it. Returns bytes. */
-static inline long stack_of_sleeper(struct scratch *s, u64 task)
+static inline u64 stack_of_sleeper(struct scratch *s, u64 task)
 {
 	long bytes = get_task_stack(task, s->frames, STACK_KERNEL_FRAMES * 8, 0);
 

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: MIT OR GPL-2.0-only */
 /* Walks over all tasks (iter/task): who is a target when we begin, and how each one stands when
  * we end. What they print is read from the iterator's file, so none of it can be lost. */
 
@@ -41,7 +42,7 @@ int lat_iter_end(u64 *ctx)
 	struct thread_state *s;
 	struct cpu_state *c = this_cpu();
 	struct scratch *frames = scratch_at(SCRATCH_VICTIM);
-	long bytes = 0;
+	u64 bytes = 0;	/* BPF divides unsigned numbers only */
 
 	if (!task || !c || !frames)
 		return 0;
@@ -67,7 +68,7 @@ int lat_iter_end(u64 *ctx)
 #endif
 	}
 	seq_write(seq, &r, sizeof(r));
-	if (bytes > 0)
+	if (bytes)
 		seq_write(seq, frames->frames, bytes);
 	return 0;
 }

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: MIT OR GPL-2.0-only */
 /* The wait itself: from the first moment a target is runnable until it runs. */
 
 /* Which context wakes: `current` means nothing in an interrupt. On x86 the preempt count is a

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: MIT OR GPL-2.0-only */
 /* The wait state machine of one thread: plain C, no kernel call, also built for the host and
  * tested there against a model in Python (tests/probes/).
  *

@@ -47,7 +47,7 @@ def wait_columns(
     woken_by_task = waits["waker_tgid"] != 0
 
     def id_or_none(name: str) -> npt.NDArray[np.int32]:
-        return np.where(woken_by_task, waits[name], -1).astype(np.int32)
+        return np.where(woken_by_task, waits[name].astype(np.int32), np.int32(-1))
 
     return {
         "run_ns": waits["run_ns"],

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: MIT OR GPL-2.0-only */
 /* The integer names that bcc's own headers use; nothing here depends on the running kernel. */
 #pragma once
 typedef unsigned char __u8, u8, uint8_t;
