@@ -18,9 +18,9 @@ from latrace.analysis.histogram import bounds
 from .options import Options
 from .shared import Shared
 
-ROWS_PER_S = 20_000
+ROWS_PER_S = 50_000
 """Above this the default mode raises the row threshold. A row costs about as much as the rest of
-the probe, and twenty thousand of the longest waits a second explain any percentile."""
+the probe; fifty thousand of the longest waits a second explain any percentile."""
 
 TICK_S = 0.1
 _WAIT_PERIOD_NS, _BLOCKED_PERIOD_NS, _SLOW_BLOCKED_NS = 2_000_000, 20_000_000, 100_000_000

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 DEFAULT_SLOW_NS = 100_000
-DEFAULT_STACK_BUDGET_PER_S = 1000
+DEFAULT_STACK_BUDGET_PER_S = 500
 DEFAULT_RING_BYTES = 16 << 20
 
 
