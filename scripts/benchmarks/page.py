@@ -1,0 +1,89 @@
+"""All results as text: for the terminal, and as the page docs/measurements.md."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from . import goals
+from .estimate import METHOD
+from .suite import BENCHMARKS
+from .tables import paragraph
+
+_FEW = "Quick run: it shows that the measuring works. Its figures prove nothing."
+_BUSY = 1.0
+"""Above this load average, other processes are in the figures."""
+
+
+def collect_goals(results: dict[str, Any]) -> list[goals.Goal]:
+    """All promises that the results can be held to."""
+    return [goal for name, result in results.items() for goal in BENCHMARKS[name].goals(result)]
+
+
+def about(document: dict[str, Any]) -> list[str]:
+    """The machine and the method."""
+    lines = [f"{name:<12} {value}" for name, value in document["machine"].items()]
+    before, after = document["load_average"]
+    lines.append(f"{'load':<12} {before:.2f} before, {after:.2f} after")
+    lines.append(f"{'date':<12} {document['date']}")
+    lines.append(f"{'method':<12} {document['rounds']} rounds, interleaved (A B C A B C ...);")
+    lines.append(f"{'':<12} {METHOD};")
+    lines.append(f"{'':<12} ratios are of the same round")
+    return lines
+
+
+def warnings(document: dict[str, Any]) -> list[str]:
+    """What a reader of the figures must know first."""
+    found = []
+    if document["quick"]:
+        found.append(_FEW)
+    if document["load_average"][0] > _BUSY:
+        found.append(
+            f"The machine was busy (load {document['load_average'][0]:.1f}) before it began:"
+            " other processes are in the figures."
+        )
+    return found
+
+
+def sections(document: dict[str, Any]) -> Iterator[tuple[str, list[str]]]:
+    """Title and lines of each part."""
+    for name, result in document["results"].items():
+        benchmark = BENCHMARKS[name]
+        yield benchmark.title, benchmark.render(result)
+    found = collect_goals(document["results"])
+    if found:
+        yield "Promises", goals.render(found)
+    if document["skipped"]:
+        yield (
+            "Left out",
+            [
+                line
+                for name, why in document["skipped"].items()
+                for line in paragraph(f"{name}: {why}")
+            ],
+        )
+
+
+def text(document: dict[str, Any]) -> str:
+    """For the terminal, at most 80 columns."""
+    lines = [f"!!! {line}" for warning in warnings(document) for line in paragraph(warning)]
+    for title, body in sections(document):
+        lines += ["", title, "=" * len(title), *body]
+    return "\n".join([*lines, "", *about(document)]) + "\n"
+
+
+def markdown(document: dict[str, Any]) -> str:
+    """For docs/measurements.md."""
+    lines = [
+        "# Measurements",
+        "",
+        "Written by `scripts/bench --page docs/measurements.md`; do not edit. `scripts/bench`",
+        "measures the same on your machine: believe that more than this page.",
+        "",
+    ]
+    for warning in warnings(document):
+        lines += [f"**{warning}**", ""]
+    lines += ["```text", *about(document), "```"]
+    for title, body in sections(document):
+        lines += ["", f"## {title}", "", "```text", *body, "```"]
+    return "\n".join(lines) + "\n"

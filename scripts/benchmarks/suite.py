@@ -1,0 +1,50 @@
+"""All benchmarks, by name, in the order in which they run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from . import programs, reader, slowdown, times
+from .context import Context
+from .goals import Goal
+
+
+@dataclass(frozen=True, slots=True)
+class Benchmark:
+    """One thing to measure, and how to tell of it."""
+
+    title: str
+    run: Callable[[Context], dict[str, Any]]
+    render: Callable[[dict[str, Any]], list[str]]
+    goals: Callable[[dict[str, Any]], list[Goal]]
+
+
+BENCHMARKS = {
+    "programs": Benchmark(
+        "Run time of the BPF programs", programs.run, programs.render, programs.goals
+    ),
+    "pipe": Benchmark(
+        "Slowdown of the worst case: two threads that only wake each other, on one CPU",
+        slowdown.run_pipe,
+        slowdown.render,
+        slowdown.pipe_goals,
+    ),
+    "messaging": Benchmark(
+        "Slowdown of many threads on all CPUs",
+        slowdown.run_messaging,
+        slowdown.render,
+        slowdown.messaging_goals,
+    ),
+    "reader": Benchmark(
+        "The reader's CPU time per event",
+        reader.run_readers,
+        reader.render_readers,
+        reader.reader_goals,
+    ),
+    "loss": Benchmark(
+        "Events lost, by rate and ring", reader.run_loss, reader.render_loss, reader.loss_goals
+    ),
+    "times": Benchmark("Time to wait, and memory", times.run, times.render, times.goals),
+}
