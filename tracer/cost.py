@@ -10,12 +10,25 @@ from __future__ import annotations
 import os
 import resource
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from . import bpf
 
 WINDOW_S, EVERY_S, FIRST_S = 0.1, 5.0, 0.3
+ENOUGH_SWITCHES, WINDOW_MAX_S = 200, 1.0
+"""A quiet host's window stays open for longer: a scale made of few switches would be chance."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Window:
+    """A measuring window that is open: the descriptor that keeps it so, and how things stood."""
+
+    statistics: int
+    opened_s: float
+    switches: int
+    before: dict[str, bpf.ProgramStatistics]
 
 
 class Cost:
@@ -23,10 +36,12 @@ class Cost:
 
     def __init__(self, programs: dict[str, int]) -> None:
         self._programs = programs
-        self._statistics: int | None = None
+        self._window: _Window | None = None
         self._due_s = time.monotonic() + FIRST_S
-        self._switches_at_start = self._switches_at_open = _context_switches()
+        self._switches_at_start = _context_switches()
         self._switches_measured = 0
+        self._runs = dict.fromkeys(programs, 0)
+        self._ns = dict.fromkeys(programs, 0)
         self._cpu_at_start_s = _cpu_s()
         self._started_s = time.monotonic()
 
@@ -35,23 +50,42 @@ class Cost:
         now = time.monotonic()
         if now < self._due_s:
             return
-        if self._statistics is None:
-            try:
-                self._statistics = bpf.enable_statistics()
-            except OSError:  # no CAP_SYS_ADMIN: our own CPU time is what remains
-                self._due_s = float("inf")
-                return
-            self._switches_at_open = _context_switches()
-            self._due_s = now + WINDOW_S
-        else:
+        if self._window is None:
+            self._open_window(now)
+        elif self._has_seen_enough(self._window, now):
             self._close_window()
             self._due_s = now + EVERY_S
 
+    def _open_window(self, now: float) -> None:
+        try:
+            statistics = bpf.enable_statistics()
+        except OSError:  # no CAP_SYS_ADMIN: our own CPU time is what remains
+            self._due_s = float("inf")
+            return
+        # Others may have statistics on outside of our windows: only the difference is ours.
+        self._window = _Window(statistics, now, _context_switches(), self._counters())
+        self._due_s = now + WINDOW_S
+
     def _close_window(self) -> None:
-        if self._statistics is not None:
-            os.close(self._statistics)
-            self._statistics = None
-            self._switches_measured += _context_switches() - self._switches_at_open
+        window, self._window = self._window, None
+        if window is None:
+            return
+        # One that the end of the trace cut short tells nothing: its few switches would be blown up
+        # to all of them.
+        if time.monotonic() - window.opened_s >= WINDOW_S:
+            for name, after in self._counters().items():
+                self._runs[name] += after.runs - window.before[name].runs
+                self._ns[name] += after.run_ns - window.before[name].run_ns
+            self._switches_measured += _context_switches() - window.switches
+        os.close(window.statistics)
+
+    @staticmethod
+    def _has_seen_enough(window: _Window, now: float) -> bool:
+        seen = _context_switches() - window.switches
+        return seen >= ENOUGH_SWITCHES or now - window.opened_s >= WINDOW_MAX_S
+
+    def _counters(self) -> dict[str, bpf.ProgramStatistics]:
+        return {name: bpf.program_statistics(fd) for name, fd in self._programs.items()}
 
     def self_cpu_percent(self) -> float:
         """Our CPU time since the start, in percent of one CPU."""
@@ -61,15 +95,13 @@ class Cost:
 
     def bpf_percent(self) -> float | None:
         """The programs' run time, in percent of one CPU; None while not yet measured."""
-        total = self._scaled_ns(sum(self._measured(name).run_ns for name in self._programs))
         if not self._switches_measured:
             return None
+        total = self._scaled(sum(self._ns.values()))
         return total / 1e7 / max(1e-3, time.monotonic() - self._started_s)
 
-    def _measured(self, name: str) -> bpf.ProgramStatistics:
-        return bpf.program_statistics(self._programs[name])
-
-    def _scaled_ns(self, measured: int) -> int:
+    def _scaled(self, measured: int) -> int:
+        """What was counted within the windows, as it must have been over the whole trace."""
         if not self._switches_measured:
             return 0
         total = _context_switches() - self._switches_at_start
@@ -83,14 +115,13 @@ class Cost:
     def report(self) -> dict[str, Any]:
         """The manifest's `overhead`; call `close` first."""
         programs = []
-        for name in self._programs:
-            measured = self._measured(name)
+        for name, counters in self._counters().items():
             programs.append(
                 {
                     "name": name,
-                    "runs": self._scaled_ns(measured.runs),
-                    "ns": self._scaled_ns(measured.run_ns),
-                    "recursion_misses": measured.recursion_misses,
+                    "runs": self._scaled(self._runs[name]),
+                    "ns": self._scaled(self._ns[name]),
+                    "recursion_misses": counters.recursion_misses,
                 }
             )
         return {
