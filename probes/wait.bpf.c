@@ -276,8 +276,6 @@ static inline void enter(u64 task, u64 now)
 		 * since when: its run-queue clock was read a moment ago, in __schedule(). */
 		u64 queued = LD64(task, OFF_LAST_QUEUED), cfs_rq, rq, clock;
 
-		if (place == PLACE_ON_CPU)
-			return;
 		if (place == PLACE_UNKNOWN)
 			c->open_at_start++;
 		else

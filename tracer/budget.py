@@ -15,6 +15,8 @@ import numpy.typing as npt
 
 from latrace.analysis.histogram import bounds
 
+from .cost import context_switches
+from .loader import Probes
 from .options import Options
 from .shared import Shared
 
@@ -28,6 +30,10 @@ _NEVER = 2**63 - 1
 _MAX_LEVEL = 30
 _RECENT_TICKS = 10
 
+_USER_STACKS = "lat_sched_exit"
+_BUSY_SWITCHES_PER_S = 100_000
+_BUSY_SHARE = 10
+
 
 @dataclass(slots=True)
 class Budget:
@@ -35,6 +41,7 @@ class Budget:
 
     shared: Shared
     options: Options
+    probes: Probes
     degraded: list[dict[str, Any]] = field(default_factory=list)
     """What was given up and why: `at_ns` (CLOCK_MONOTONIC), `what`, `why`."""
     highest_slow_ns: int = 0
@@ -46,6 +53,9 @@ class Budget:
     _calm_ticks: int = 0
     _said_rows: bool = False
     _said_lost: bool = False
+    _last_switches: int = 0
+    _resting_ticks: int = 0
+    _said_resting: bool = False
 
     def start(self) -> None:
         """Set the thresholds that a trace begins with."""
@@ -55,6 +65,7 @@ class Budget:
         self._refill(TICK_S)
         self._history = [self.shared.slot_counts()]
         self._last_s = time.monotonic()
+        self._last_switches = context_switches()
 
     def _set_level(self, level: int) -> None:
         """Halve the stacks at each level: first what counts as slow, then the periods as well."""
@@ -72,10 +83,9 @@ class Budget:
         control["slow_blocked_ns"] = period_ns * (_SLOW_BLOCKED_NS // _WAIT_PERIOD_NS)
         self.highest_slow_ns = max(self.highest_slow_ns, slow_ns)
 
-    def _refill(self, elapsed_s: float) -> None:
-        tokens = max(4, round(self.options.stack_budget_per_s * min(elapsed_s, 1.0)))
-        self._tokens = tokens
-        self.shared.control["tokens"] = tokens
+    def _refill(self, seconds: float) -> None:
+        self._tokens = max(4, round(self.options.stack_budget_per_s * min(seconds, 1.0)))
+        self.shared.control["tokens"] = self._tokens
 
     def step(self, ring_used: float) -> None:
         """Look at the last tick and adapt. `ring_used`: its share before the drain, 0 to 1."""
@@ -84,12 +94,35 @@ class Budget:
         if elapsed < TICK_S:
             return
         self._last_s = now
-        self._adapt_stacks()
-        self._refill(elapsed)
+        if self._resting_ticks == 0:
+            self._adapt_stacks()
+        self._rest(elapsed)
         rows = int(self.shared.cpus["rows"].sum() + self.shared.cpus["lost_waits"].sum())
         rate, self._last_rows = (rows - self._last_rows) / elapsed, rows
         if self.options.min_ns is None:
             self._adapt_rows(rate, ring_used)
+
+    def _rest(self, elapsed: float) -> None:
+        """Hand out stacks for the next tick; on a busy host in one of several ticks only.
+
+        The program that takes user stacks runs at every switch of the host, whoever's it is. The
+        time that passes without it is carried by the samples of the next tick that has it.
+        """
+        switches = context_switches()
+        rate, self._last_switches = (switches - self._last_switches) / elapsed, switches
+        busy = rate > _BUSY_SWITCHES_PER_S and self.options.stacks
+        self._resting_ticks = (self._resting_ticks + 1) % _BUSY_SHARE if busy else 0
+        self.probes.switch(_USER_STACKS, on=not self._resting_ticks)
+        if self._resting_ticks:
+            self.shared.control["tokens"] = 0
+        else:
+            self._refill(elapsed * (_BUSY_SHARE if busy else 1))
+        if busy and not self._said_resting:
+            self._said_resting = True
+            self._note(
+                "stacks are taken in a tenth of the time",
+                f"this host switches threads {rate:,.0f} times a second",
+            )
 
     def _adapt_stacks(self) -> None:
         left = int(self.shared.control["tokens"][0])

@@ -38,7 +38,7 @@ class Cost:
         self._programs = programs
         self._window: _Window | None = None
         self._due_s = time.monotonic() + FIRST_S
-        self._switches_at_start = _context_switches()
+        self._switches_at_start = context_switches()
         self._switches_measured = 0
         self._runs = dict.fromkeys(programs, 0)
         self._ns = dict.fromkeys(programs, 0)
@@ -63,7 +63,7 @@ class Cost:
             self._due_s = float("inf")
             return
         # Others may have statistics on outside of our windows: only the difference is ours.
-        self._window = _Window(statistics, now, _context_switches(), self._counters())
+        self._window = _Window(statistics, now, context_switches(), self._counters())
         self._due_s = now + WINDOW_S
 
     def _close_window(self) -> None:
@@ -76,12 +76,12 @@ class Cost:
             for name, after in self._counters().items():
                 self._runs[name] += after.runs - window.before[name].runs
                 self._ns[name] += after.run_ns - window.before[name].run_ns
-            self._switches_measured += _context_switches() - window.switches
+            self._switches_measured += context_switches() - window.switches
         os.close(window.statistics)
 
     @staticmethod
     def _has_seen_enough(window: _Window, now: float) -> bool:
-        seen = _context_switches() - window.switches
+        seen = context_switches() - window.switches
         return seen >= ENOUGH_SWITCHES or now - window.opened_s >= WINDOW_MAX_S
 
     def _counters(self) -> dict[str, bpf.ProgramStatistics]:
@@ -104,7 +104,7 @@ class Cost:
         """What was counted within the windows, as it must have been over the whole trace."""
         if not self._switches_measured:
             return 0
-        total = _context_switches() - self._switches_at_start
+        total = context_switches() - self._switches_at_start
         return round(measured * max(1.0, total / self._switches_measured))
 
     def close(self) -> None:
@@ -138,7 +138,8 @@ def _cpu_s() -> float:
     return time.process_time() + children.ru_utime + children.ru_stime
 
 
-def _context_switches() -> int:
+def context_switches() -> int:
+    """How many switches the CPUs of this host have made since boot."""
     for line in Path("/proc/stat").read_text().splitlines():
         if line.startswith("ctxt "):
             return int(line.split()[1])

@@ -178,7 +178,7 @@ class Probes:
     module: Any
     build: Build
     programs: dict[str, int] = field(default_factory=dict)
-    links: list[int] = field(default_factory=list)
+    links: dict[str, int] = field(default_factory=dict)
 
     def map_fd(self, name: str) -> int:
         """File descriptor of one of the probes' maps."""
@@ -196,14 +196,21 @@ class Probes:
 
     def attach(self) -> None:
         """Attach every tracepoint program."""
-        for name, program in self.programs.items():
+        for name in self.programs:
             if name not in _ITERATORS:
-                self.links.append(bpf.attach_tracepoint(program))
+                self.switch(name, on=True)
+
+    def switch(self, name: str, *, on: bool) -> None:
+        """Attach or detach one program that this build has; to the state it is in: nothing."""
+        if on and name in self.programs and name not in self.links:
+            self.links[name] = bpf.attach_tracepoint(self.programs[name])
+        elif not on and name in self.links:
+            os.close(self.links.pop(name))
 
     def detach(self) -> None:
-        """Detach them; maps and counters stay readable. Safe to call twice."""
-        while self.links:
-            os.close(self.links.pop())
+        """Detach them all; maps and counters stay readable. Safe to call twice."""
+        for name in list(self.links):
+            self.switch(name, on=False)
 
     def close(self) -> None:
         """Free programs and maps. Safe to call twice."""

@@ -125,7 +125,7 @@ class Tracer:
         self._shared = Shared(self._probes)
         self._ring = Ring(self._probes.map_fd("lat_ring"), options.ring_bytes)
         undo.callback(self._alive.close)
-        self._budget = Budget(self._shared, options)
+        self._budget = Budget(self._shared, options, self._probes)
         self._budget.start()
         self._cost = Cost(self._probes.programs)
         undo.callback(self._cost.close)
