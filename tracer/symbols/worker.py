@@ -19,12 +19,10 @@ import time
 import zlib
 from typing import Any, Final
 
-import numpy as np
-
 from latrace.tracer.symbols import wire
 from latrace.tracer.symbols.demangle import Demangler
 from latrace.tracer.symbols.elf import ElfError, FdSource, read_image
-from latrace.tracer.symbols.table import Image
+from latrace.tracer.symbols.table import Image, merge
 
 NOBODY: Final = 65534
 MEMORY_LIMIT: Final = 2 << 30
@@ -63,6 +61,24 @@ def drop_rights(keep: int) -> None:
         hard = resource.getrlimit(which)[1]
         bound = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
         resource.setrlimit(which, (bound, bound))
+
+
+def rehearse(demangler: Demangler) -> None:
+    """Do once what requests will ask for, on the interpreter's own file.
+
+    numpy imports some of its parts at their first use, which ones differs between its versions;
+    later nobody may be able to read them.
+    """
+    fd = os.open("/proc/self/exe", os.O_RDONLY)
+    try:
+        image = read_image(FdSource(fd))
+        wire.image_reply(image)
+        merge(image.symbols, image.symbols)
+    except ElfError:  # a wrapped interpreter; then only the first file is parsed more slowly
+        pass
+    finally:
+        os.close(fd)
+    wire.names_reply([demangler(b"_Z1fv")])
 
 
 def _limit_request() -> None:
@@ -141,9 +157,7 @@ def main() -> int:
     """Serve until the tracer hangs up."""
     connection = socket.socket(fileno=int(sys.argv[1]))
     demangler = Demangler()
-    demangler(b"_Z1fv")
-    # numpy imports some of its parts at their first use.
-    np.lexsort((np.zeros(2), np.zeros(2)))
+    rehearse(demangler)
     drop_rights(connection.fileno())
     server = _Server(connection, demangler)
     try:

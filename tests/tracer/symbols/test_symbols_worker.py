@@ -220,6 +220,40 @@ def test_a_program_that_only_root_can_read_still_has_a_worker(tmp_path):
         assert status(running.pid or 0)["Uid"].split()[0] == "65534"
 
 
+BARRED = """
+import os, sys
+from latrace.tracer.symbols import worker
+class Barred:
+    def find_spec(self, name, path=None, target=None):
+        os._exit(1)
+drop_rights = worker.drop_rights
+def drop_and_bar(keep):
+    drop_rights(keep)
+    sys.meta_path.insert(0, Barred())
+worker.drop_rights = drop_and_bar
+worker.main()
+"""
+
+
+def test_all_modules_are_there_before_the_rights_are_given_up(tmp_path):
+    """Afterwards nobody may be able to read them: a newcomer's home is closed to others."""
+    rubbish = tmp_path / "rubbish"
+    rubbish.write_bytes(b"\x7fELF" + bytes(1000))
+    program = build(SAMPLE, tmp_path / "sample", "-Wl,-z,lazy", "-fcf-protection=branch")
+    damaged = tmp_path / "damaged"
+    damaged.write_bytes(program.read_bytes()[:-100])
+    with worker(command=(sys.executable, "-I", "-c", BARRED)) as running:
+        assert running.demangle([b"_Z1fi", b"_RNvC1a1b"]) == [b"f(int)", b"a::b"]
+        assert isinstance(parse(running, libc()), Image)
+        assert isinstance(parse(running, program), Image)
+        assert parse(running, rubbish) == wire.STATUS_BAD_FILE
+        assert parse(running, damaged) == wire.STATUS_BAD_FILE
+        fd = os.open(program, os.O_RDONLY)
+        assert running.debug(fd, build_id=b"", crc=1) == wire.STATUS_MISMATCH
+        os.close(fd)
+        assert running.deaths == 0
+
+
 def test_the_worker_loads_nothing_it_does_not_need():
     code = "import latrace.tracer.symbols.worker, sys; print(*sys.modules)"
     out = subprocess.run(
