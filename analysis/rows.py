@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.acero  # or group_by imports it: later, as a user who may not be able to read it
 
 from latrace.analysis import histogram
 from latrace.analysis.capture import Capture
