@@ -123,8 +123,9 @@ def explain(error: BaseException, *, host: Host | None = None) -> LatraceError |
                 f"bcc, which compiles the probes, can not be imported ({error})",
                 hint=host.install_bcc(),
             )
+        module = f"the Python module {error.name}" if error.name else "a Python module"
         return LatraceError(
-            f"the Python module {error.name} is missing or broken ({error})",
+            f"{module} is missing or broken ({error})",
             hint="install latrace again: scripts/quickstart",
         )
     if isinstance(error, OSError) and error.errno in _REFUSALS:
