@@ -110,9 +110,14 @@ def test_attach_answers_and_anyone_can_read_on(
 
     setpriv = shutil.which("setpriv")
     assert setpriv
-    as_nobody = [setpriv, f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", *LATRACE]
+    as_nobody = [setpriv, f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"]
+    # The one right that is kept is to read our code, wherever the checkout is; that the capture
+    # is readable has just been asserted.
+    as_nobody += ["--inh-caps=-all,+dac_read_search", "--ambient-caps=-all,+dac_read_search"]
     for command in (["report", "--json"], ["flame", "wait.svg"], ["flame", "-"]):
-        read = subprocess.run([*as_nobody, *command], capture_output=True, text=True, check=False)
+        read = subprocess.run(
+            [*as_nobody, *LATRACE, *command], capture_output=True, text=True, check=False
+        )
         assert read.returncode == 0, read.stderr
         if command == ["report", "--json"]:
             assert json.loads(read.stdout)["waits"] == summary["waits"]
@@ -269,7 +274,8 @@ def test_a_pid_of_an_inner_namespace() -> None:
                 result = trace("attach", "--pid", "2", "-d", "0.5", "--json")
             assert result.returncode == 0, result.stderr
             note = result.stderr.splitlines()[0]
-            assert note.startswith("Note: PID 2 is a kernel thread on this host; traced is python3")
+            assert note.startswith("Note: PID 2 is a kernel thread on this host; traced is ")
+            assert ", which has this PID in its container and is PID " in note
             assert json.loads(result.stdout)["waits"]["count"] > 50
         finally:
             subprocess.run(["pkill", "-KILL", "-P", str(process.pid)], check=False)
@@ -331,6 +337,40 @@ def test_heavy_modules_wait_until_the_probes_are_attached(victim: subprocess.Pop
     )
     assert result.returncode == 0, result.stderr
     assert [line for line in result.stderr.splitlines() if line.startswith("HEAVY")] == ["HEAVY"]
+
+
+@pytest.mark.parametrize("options", [(), ("--json",)])
+def test_our_code_is_read_before_root_is_given_up(
+    victim: subprocess.Popen[bytes], options: tuple[str, ...]
+) -> None:
+    """Afterwards we may not be able to: a newcomer's home is closed to others."""
+    script = (
+        "import sys\n"
+        "from latrace.tracer.commands import tracing\n"
+        "become = tracing.become\n"
+        "class Spy:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.partition('.')[0] in ('latrace', 'numpy', 'pyarrow', 'rich'):\n"
+        "            print('LATE', name, file=sys.stderr)\n"
+        "def spy(account):\n"
+        "    become(account)\n"
+        "    sys.meta_path.insert(0, Spy())\n"
+        "    print('BECAME', file=sys.stderr)\n"
+        "tracing.become = spy\n"
+        "from latrace.tracer.cli import main\n"
+        "sys.exit(main())\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", script, "attach", "-p", str(victim.pid), "-d", "0.3", *options],
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        env=os.environ | BEHIND_SUDO,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    told = [line for line in result.stderr.splitlines() if line.startswith(("BECAME", "LATE"))]
+    assert told == ["BECAME"]
 
 
 # --- on a terminal ------------------------------------------------------------------------------

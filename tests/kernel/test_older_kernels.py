@@ -7,8 +7,9 @@ import threading
 from dataclasses import replace
 from pathlib import Path
 
-import latrace
 import pytest
+
+import latrace
 from latrace.tracer import loader
 from latrace.tracer.btf import Btf
 from latrace.tracer.options import Options

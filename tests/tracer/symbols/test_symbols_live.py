@@ -156,6 +156,8 @@ def test_thousands_of_libc_addresses_agree_with_readelf(symbolizer):
     for addr, found in zip(addrs.tolist(), symbolizer.user(os.getpid(), addrs), strict=True):
         names = oracle.at(addr - base)
         assert found.module == path.name
+        if not names and (found.symbol or "").endswith("@plt"):
+            continue  # linkage stubs are in no symbol table
         if found.symbol not in names and (names or found.symbol is not None):
             wrong.append((hex(addr - base), found, names))
     if debug.is_dir():
@@ -408,7 +410,7 @@ def test_in_a_container_the_perf_map_has_the_inner_pid(symbolizer, tmp_path):
 
 
 @pytest.mark.kernel
-def test_node_names_its_own_functions_and_v8_s(symbolizer):
+def test_node_names_its_own_functions_and_v8_s(symbolizer, tmp_path):
     node = need("node")
     script = """
         function hotFunction(n) { for (var s = 0, i = 0; i < n; i++) s += Math.sqrt(i); return s }
@@ -416,7 +418,9 @@ def test_node_names_its_own_functions_and_v8_s(symbolizer):
         console.log("ready"); setInterval(() => hotFunction(1e4), 10);
     """
     with subprocess.Popen(
-        [node, "--perf-basic-prof", "-e", script], stdout=subprocess.PIPE
+        [node, "--perf-basic-prof", "-e", script],
+        stdout=subprocess.PIPE,
+        cwd=tmp_path,  # some versions leave an isolate-*-v8.log there
     ) as process:
         path = Path(perf_map_path(process.pid))
         try:
