@@ -179,29 +179,3 @@ static inline void send_thread(u64 task, struct thread_state *s, u8 event, u64 *
 		c->lost_threads++;
 	}
 }
-
-/* The kernel's books: what task->sched_info gained since the last look is its own timing of the
- * last wait counted here. It sees none where its run-queue clock did not move between
- * enqueue and arrival (kernel/sched/stats.h): a wake-up on an idle CPU, or one that preempts. */
-static inline void look_at_books(struct cpu_state *c, struct thread_state *s, u64 task)
-{
-	u64 ns = LD64(task, OFF_RUN_DELAY), count = LD64(task, OFF_PCOUNT);
-	u64 gained = ns - s->kernel_ns;
-
-	c->kernel_count += count - s->kernel_count;
-	c->kernel_ns += gained;
-	if (s->last_wait_ns) {
-		u64 ours = s->last_wait_ns - 1;
-
-		if (gained) {
-			c->timed_waits++;
-			c->timed_ns += ours;
-		} else {
-			c->blind_waits++;
-			c->blind_ns += ours;
-		}
-	}
-	s->last_wait_ns = 0;
-	s->kernel_ns = ns;
-	s->kernel_count = count;
-}

@@ -52,7 +52,7 @@ int lat_iter_end(u64 *ctx)
 	/* Still in the stay on a CPU that its last wait led to: the books have that wait, and not yet
 	 * one that came after we detached. */
 	if (s->last_wait_ns && LD64(task, OFF_PCOUNT) - s->kernel_count <= 1)
-		look_at_books(c, s, task);
+		look_at_books(c, s, task, 1);
 	fill_thread(&r, task, s, THREAD_END);
 	if (s->wait.place == PLACE_WAITING)
 		r.open_ns = r.ts_ns - s->wait.start_ns;

@@ -165,54 +165,6 @@ static inline s16 syscall_of(u64 task)
 #endif
 }
 
-/* A wait into the exact counters: of the thread, and of its process on this CPU. */
-static inline void count_wait(struct thread_state *s, u64 wait)
-{
-	u32 i = s->slot * NCPU + bpf_get_smp_processor_id();
-	struct hist *h = (void *)lat_hist.lookup(&i);
-	u64 slot;
-
-	s->waits++;
-	s->wait_ns += wait;
-	if (wait > s->max_wait_ns)
-		s->max_wait_ns = wait;
-	if (!h)
-		return;
-	h->kinds[s->wait.kind & 3]++;
-	h->wait_ns += wait;
-	if (wait > h->max_ns)
-		h->max_ns = wait;
-	if (s->wait.blocked_ns) {
-		s->blocked++;
-		s->blocked_ns += s->wait.blocked_ns;
-		h->blocked++;
-		h->blocked_ns += s->wait.blocked_ns;
-	}
-	slot = hist_slot(wait);
-	asm volatile("" : "+r"(slot));	/* check and use the same register */
-	if (slot < HIST_SLOTS)
-		h->slots[slot]++;
-}
-
-/* It leaves a CPU that it was never seen to enter. The kernel's books know how long it waited;
- * such a wait is counted, without details, and left out of the comparison with these books. */
-static inline void recover_missed(struct thread_state *s, struct cpu_state *c, u64 task)
-{
-	u64 ns = LD64(task, OFF_RUN_DELAY), count = LD64(task, OFF_PCOUNT);
-
-	c->missed_switches++;
-	if (count == s->kernel_count)
-		return;
-	c->recovered++;
-	c->kernel_count += count - s->kernel_count;
-	s->wait.kind = WAIT_WAKEUP;
-	s->wait.blocked_ns = 0;
-	count_wait(s, ns - s->kernel_ns);
-	s->kernel_ns = ns;
-	s->kernel_count = count;
-	s->last_wait_ns = 0;
-}
-
 static inline void leave(u64 task, u64 now, int runnable, int dead)
 {
 	struct thread_state *s = state_of(task);
@@ -220,11 +172,7 @@ static inline void leave(u64 task, u64 now, int runnable, int dead)
 
 	if (!s || !c)
 		return;
-	if (s->wait.place == PLACE_WAITING || s->wait.place == PLACE_BLOCKED)
-		recover_missed(s, c, task);
-	/* Here, not at switch-in: a wait that moves between run queues enters the books in pieces,
-	 * and the kernel adds the last one only after the tracepoint. */
-	look_at_books(c, s, task);
+	look_at_books(c, s, task, s->wait.place == PLACE_ON_CPU || s->wait.place == PLACE_UNKNOWN);
 	if (dead) {
 		s->wait.place = PLACE_ON_CPU;
 		send_thread(task, s, THREAD_EXIT, 0);

@@ -31,6 +31,7 @@ SOURCES = (
     "wait.h",
     "sample.h",
     "kernel.h",
+    "books.h",
     "stack.h",
     "wait.bpf.c",
     "identity.bpf.c",

@@ -44,7 +44,7 @@ _ROOTS = frozenset(
 )
 
 _WAITING_CELLS, _WAITING_STACKS = 1 << 12, 1 << 14
-_REMEMBERED = 1 << 17  # distinct stacks; beyond, all are forgotten and get a second id if they recur
+_REMEMBERED = 1 << 17  # distinct stacks; beyond, all are forgotten: one that recurs gets a new id
 
 _Key = tuple[int, int, bytes]
 

@@ -373,8 +373,8 @@ def _plt(source: Source, headers: _Headers, dynamic: tuple[Records, _Strings]) -
         if not (name == b".plt" or name.startswith(b".plt.")) or not slot.size:
             continue
         width = 8 if int(section["entsize"]) == 8 else 16
-        code = np.frombuffer(_section_bytes(source, section, MAX_RELOCATIONS), dtype=np.uint8)
-        code = code[: code.size // width * width].reshape(-1, width)
+        flat = np.frombuffer(_section_bytes(source, section, MAX_RELOCATIONS), dtype=np.uint8)
+        code = flat[: flat.size // width * width].reshape(-1, width)
         base = np.uint64(section["addr"]) + np.arange(len(code), dtype=np.uint64) * np.uint64(width)
         # At once, after `bnd`, after `endbr64`, after both.
         for at in (0, 1, 4, 5):

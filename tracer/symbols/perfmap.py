@@ -146,7 +146,7 @@ class PerfMap:
                 )
             ]
             self._starts, self._ends, self._names, self._lengths = self._pieces[0]
-            self._longest = (self._ends - self._starts).max()
+            self._longest = np.max(self._ends - self._starts)
             self._order = np.argsort(self._starts, kind="stable")
             self._order_starts = self._starts[self._order]
         self._sorted = True

@@ -88,9 +88,9 @@ def _u64(read: Read, count: int) -> U64:
 def _ends(read: Read, count: int, total: int) -> U32:
     ends = np.frombuffer(read(count * 4), dtype=np.uint32)
     lengths = np.diff(ends.astype(np.int64), prepend=0)
-    if (count and (int(ends[-1]) != total or int(lengths.min()) < 0)) or (not count and total):
+    if (count and (int(ends[-1]) != total or int(np.min(lengths)) < 0)) or (not count and total):
         raise WireError("names out of bounds")
-    if count and int(lengths.max()) > NAME_LIMIT + 8:
+    if count and int(np.max(lengths)) > NAME_LIMIT + 8:
         raise WireError("a name past the limit")
     return ends
 
