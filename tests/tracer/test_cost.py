@@ -25,7 +25,7 @@ class Host:
         self.runs = self.run_ns = 7  # of an earlier time
         clock = SimpleNamespace(monotonic=lambda: self.now_s, process_time=time.process_time)
         monkeypatch.setattr(cost, "time", clock)
-        monkeypatch.setattr(cost, "_context_switches", lambda: self.switches)
+        monkeypatch.setattr(cost, "context_switches", lambda: self.switches)
         monkeypatch.setattr(cost.bpf, "enable_statistics", self._enable)
         monkeypatch.setattr(cost.bpf, "program_statistics", self._statistics)
 
