@@ -17,7 +17,7 @@ import pytest
 
 import latrace
 from latrace import flamegraphs
-from latrace.tracer import doctor
+from latrace.tracer import doctor, loader
 from latrace.tracer.cli import main
 from latrace.tracer.commands import tracing
 from latrace.tracer.commands.flame import Format, Kind
@@ -194,6 +194,13 @@ def test_the_commands_import_nothing_heavy() -> None:
 # --- the course of a trace, with a tracer that needs no kernel -----------------------------------
 
 
+class FakeLoading:
+    """Takes the place of what compiles and loads the probes."""
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+
+
 class FakeTracer:
     """Takes the place of the tracer; `during` is what happens while it traces."""
 
@@ -202,9 +209,15 @@ class FakeTracer:
     left_with: type[BaseException] | None = None
 
     def __init__(
-        self, options: Options, out: Callable[[], OutputDir], *, command: list[str]
+        self,
+        options: Options,
+        out: Callable[[], OutputDir],
+        *,
+        command: list[str],
+        loading: FakeLoading,
     ) -> None:
         assert command == sys.argv
+        assert loading.options == options
         self._make_out = out
         FakeTracer.seen.append(options)
 
@@ -228,6 +241,7 @@ def tracer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> type[FakeTracer]:
     session = types.ModuleType("latrace.tracer.session")
     session.Tracer = FakeTracer  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "latrace.tracer.session", session)
+    monkeypatch.setattr(loader, "Loading", FakeLoading)
     monkeypatch.setattr(doctor, "require_tracing", lambda: None)
     monkeypatch.setattr(tracing, "read_summary", lambda path: {"path": str(path)})
     for command in ("attach", "run"):
