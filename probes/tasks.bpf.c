@@ -53,6 +53,8 @@ int lat_iter_end(u64 *ctx)
 	 * one that came after we detached. */
 	if (s->last_wait_ns && LD64(task, OFF_PCOUNT) - s->kernel_count <= 1)
 		look_at_books(c, s, task, 1);
+	else if (s->last_wait_ns)
+		c->kernel_count++;	/* which entry is whose cannot be told any more */
 	fill_thread(&r, task, s, THREAD_END);
 	if (s->wait.place == PLACE_WAITING)
 		r.open_ns = r.ts_ns - s->wait.start_ns;

@@ -1,0 +1,128 @@
+"""Programs that nobody here wrote, under loads that nobody here wrote."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from test_known_answers import check_invariants
+from tracing import Traced
+
+import latrace
+from latrace.flamegraphs import build_profile, render
+from latrace.tracer.options import Options
+from latrace.tracer.outputs import create_output_dir
+from latrace.tracer.session import Tracer
+
+pytestmark = pytest.mark.kernel
+
+NODE_SERVICE = """
+const http = require('http');
+function renderPage(n) {
+  let s = 0;
+  for (let i = 0; i < n; i++) s += Math.sqrt(i);
+  return String(s);
+}
+const server = http.createServer((q, r) => r.end(renderPage(5e6)));
+server.listen(0, '127.0.0.1', () => {
+  console.log('ready');
+  const next = () => http.get({ port: server.address().port, agent: false }, r => {
+    r.resume(); r.on('end', next); });
+  next(); next();
+});
+"""
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def traced(pid: int, output: Path, seconds: float) -> Traced:
+    options = Options(pids=(pid,), duration_s=seconds)
+    with Tracer(options, lambda: create_output_dir(output, force=False), command=[]) as tracer:
+        tracer.run(stop=threading.Event())
+    return Traced(latrace.open(output), {}, pid)
+
+
+@pytest.fixture
+def redis(tmp_path: Path) -> Iterator[tuple[int, int]]:
+    """A redis-server: its pid and port."""
+    server = shutil.which("redis-server")
+    assert server, "scripts/test installs redis-server"
+    port = free_port()
+    arguments = ["--port", str(port), "--save", "", "--bind", "127.0.0.1", "--dir", str(tmp_path)]
+    with subprocess.Popen([server, *arguments], stdout=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 10
+        while socket.socket().connect_ex(("127.0.0.1", port)):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        yield process.pid, port
+        process.terminate()
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # sockets that only ask whether it is up
+def test_redis_under_its_benchmark(redis: tuple[int, int], tmp_path: Path) -> None:
+    pid, port = redis
+    load = ["redis-benchmark", "-p", str(port), "-q", "-t", "set,get", "-n", "100000000"]
+    with subprocess.Popen(load, stdout=subprocess.DEVNULL) as benchmark:
+        result = traced(pid, tmp_path / "c", 3.0)
+        benchmark.kill()
+    check_invariants(result)
+    calls = set(result.capture.waits.column("syscall").to_pylist())
+    assert "epoll_wait" in calls
+    for kind in ("wait", "offcpu", "waker"):
+        profile = build_profile(result.capture, kind=kind)
+        assert sum(weight for _, weight in profile.stacks) > 0
+        assert b"redis-server" in render(profile, "x.folded")
+        assert render(profile, "x.svg").startswith(b"<")
+    names = {
+        frame.name
+        for stack, _ in build_profile(result.capture, kind="offcpu").stacks
+        for frame in stack
+    }
+    assert {"epoll_wait", "do_epoll_wait"} <= names
+
+
+def test_node_with_a_perf_map(tmp_path: Path) -> None:
+    """JIT frames have names: a wait in the middle of JavaScript shows which function it was."""
+    node = shutil.which("node")
+    assert node, "scripts/test installs node"
+    script = tmp_path / "service.js"
+    script.write_text(NODE_SERVICE)
+    hog = subprocess.Popen(["taskset", "-c", "1", "sh", "-c", "while :; do :; done"])
+    try:
+        with subprocess.Popen(
+            ["taskset", "-c", "1", node, "--perf-basic-prof", str(script)],
+            stdout=subprocess.PIPE,
+            cwd=tmp_path,
+        ) as process:
+            try:
+                assert process.stdout
+                assert process.stdout.readline() == b"ready\n"
+                time.sleep(1.0)
+                result = traced(process.pid, tmp_path / "c", 4.0)
+            finally:
+                process.kill()
+                Path(f"/tmp/perf-{process.pid}.map").unlink(missing_ok=True)  # noqa: S108
+    finally:
+        hog.kill()
+        hog.wait()
+    check_invariants(result)
+    profile = build_profile(result.capture, kind="wait")
+    jit = {frame.name for stack, _ in profile.stacks for frame in stack if frame.kind == "jit"}
+    assert any("renderPage" in name for name in jit), sorted(jit)[:20]
+    summed = sum(
+        weight
+        for stack, weight in profile.stacks
+        if any("renderPage" in frame.name for frame in stack)
+    )
+    # It computes nearly all of its time there, beside a hog: there it is preempted.
+    assert summed > 0.3 * sum(weight for _, weight in profile.stacks)
