@@ -122,8 +122,9 @@ def drain_capture(program: Program, ended: Callable[[], bool]) -> int:
             return 0
         waits = np.concatenate(pending)
         pending.clear()
-        # As the session does before it writes; none of these rows has a stack.
-        waits = waits[stacks.arrived(waits["stack_key"]) & stacks.arrived(waits["waker_key"])]
+        # As the session does before it writes. None of these rows has a stack.
+        ready = stacks.arrived(waits["stack_key"]) & stacks.arrived(waits["waker_key"])
+        waits = waits if ready.all() else waits[ready]
         writer.append(
             "waits",
             wait_columns(waits, stacks.ids(waits["stack_key"]), stacks.ids(waits["waker_key"])),
