@@ -1,8 +1,7 @@
 """One trace, from attaching the probes to the closed capture.
 
-    ring ─► split ─► waits ───────► rows of `waits`
-                  ├► stacks ─► ids ─► names (a thread of its own) ─► `stacks`, `frames`
-                  └► threads ─► who is there ─► `threads`
+    ring ─► split ─► waits, stacks ─► recorder ─► `waits`, `stacks`, `frames`
+                  └► threads ─► who is there ───► `threads`
 
 Histograms and totals are not events: they are read from memory shared with the probes.
 """
@@ -12,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
-import select
 import threading
 import time
 from collections.abc import Callable
@@ -27,30 +25,26 @@ import numpy.typing as npt
 from latrace.analysis import histogram
 
 from . import bpf, loader
+from .alive import Alive
 from .budget import Budget
 from .cost import Cost
 from .errors import LatraceError, NoTargetError
 from .membership import members, write_rules
 from .options import Options
 from .processes import read_task
-from .records import CELL_BYTES, STACK, THREAD, WAIT, Place, Record, ThreadEvent
+from .records import STACK, THREAD, WAIT, Record, ThreadEvent
 from .ring import Ring
-from .rows import cgroup_of, split, wait_columns
+from .rows import cgroup_of, split
 from .shared import TARGET_PROCESS, TARGET_THREAD, Shared
-from .unwind import user_frames
 
 if TYPE_CHECKING:
     from .outputs import OutputDir
-    from .stacks import NamedStacks
 
 _FLUSH_S = 0.5
 _SLEEP_MIN_S, _SLEEP_MAX_S = 0.001, 0.1
-_ROWS_PER_APPEND = 1 << 16
-_NAMING_TIMEOUT_S = 30.0
 _SETTLE_S = 0.002  # programs that run on another CPU while we detach end within microseconds
 _LAST_SWITCH_S = 0.2
 _NAMED_PROCESSES = 100  # in the manifest: a fork bomb must not fill it
-_OPEN = {Place.WAITING: "waiting", Place.UNKNOWN: "waiting", Place.BLOCKED: "blocked"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,10 +95,6 @@ class Tracer:
         """The first name of the first processes seen."""
         self._ended: list[tuple[float, int]] = []
         """When processes ended, and which; their numbers are still targets."""
-        self._pending: list[npt.NDArray[np.void]] = []
-        self._pending_rows = 0
-        self._lost_stacks = 0
-        self._snapshots = 0
         self._last_count, self._last_count_s = 0, time.monotonic()
         self._resources = contextlib.ExitStack()
 
@@ -114,7 +104,7 @@ class Tracer:
         with contextlib.ExitStack() as undo:
             self._attach(undo)
             self._open_capture()
-            undo.callback(self._writer.close, complete=False)
+            undo.callback(self._recorder.close, complete=False)
             self._resources = undo.pop_all()
         return self
 
@@ -147,13 +137,11 @@ class Tracer:
 
     def _open_capture(self) -> None:
         # Heavy imports come here, when the probes already count.
-        from .stacks import Naming, StackCells  # noqa: PLC0415
+        from .recorder import Recorder  # noqa: PLC0415
         from .writer import CaptureWriter  # noqa: PLC0415
 
-        self._naming = Naming()
-        self._stacks = StackCells(self._naming.add)
         out = self._out() if callable(self._out) else self._out
-        self._writer = CaptureWriter(out, self._manifest_head())
+        self._recorder = Recorder(CaptureWriter(out, self._manifest_head()))
 
     def _manifest_head(self) -> dict[str, Any]:
         from latrace import __version__  # noqa: PLC0415
@@ -214,7 +202,7 @@ class Tracer:
             self._cost.step()
             now = time.monotonic()
             if now >= flush_s:
-                self._flush()
+                self._recorder.flush(time.monotonic_ns())
                 flush_s = now + _FLUSH_S
                 if now >= snapshot_s:
                     self._write_snapshot()
@@ -261,39 +249,13 @@ class Tracer:
             records = split(cells)
             stacks = records.get(Record.STACK)
             if stacks is not None and len(stacks):
-                self._stacks.add(stacks.view(STACK))
+                self._recorder.add_stacks(stacks.view(STACK))
             threads = records.get(Record.THREAD)
             if threads is not None and len(threads):
                 self._take_threads(threads.view(THREAD))
             waits = records[Record.WAIT]
             if len(waits):
-                self._pending.append(waits.view(WAIT))
-                self._pending_rows += len(waits)
-            if self._pending_rows >= _ROWS_PER_APPEND:
-                self._write_waits(hold=True)
-                self._writer.flush()
-
-    def _write_waits(self, *, hold: bool) -> None:
-        """Rows to the writer. Those whose stack may still come are held back, if `hold`."""
-        if not self._pending:
-            return
-        waits = np.concatenate(self._pending)
-        self._pending, self._pending_rows = [], 0
-        if hold:
-            ready = self._stacks.arrived(waits["stack_key"]) & self._stacks.arrived(
-                waits["waker_key"]
-            )
-            # A stack follows its wait at once: what is older than a flush will not come.
-            ready |= waits["run_ns"] + np.uint64(_FLUSH_S * 1e9) < time.monotonic_ns()
-            if not ready.all():
-                self._pending = [waits[~ready]]
-                self._pending_rows = int((~ready).sum())
-                waits = waits[ready]
-        stacks, waker_stacks = (
-            self._stacks.ids(waits["stack_key"]),
-            self._stacks.ids(waits["waker_key"]),
-        )
-        self._writer.append("waits", wait_columns(waits, stacks, waker_stacks))
+                self._recorder.add_waits(waits.view(WAIT), time.monotonic_ns())
 
     def _take_threads(self, threads: npt.NDArray[np.void]) -> None:
         """Follow who is there; `threads`: shape (n,) of dtype THREAD."""
@@ -313,9 +275,11 @@ class Tracer:
             if tgid not in self._alive:
                 self._add_process(tgid, ppid, comm, forked=event == ThreadEvent.FORK)
             if event == ThreadEvent.EXEC:
-                self._naming.changed(tgid)
+                self._recorder.exec(tgid)
         if len(ended):
-            self._write_threads(ended, [-1] * len(ended))
+            self._recorder.write_threads(ended, self._cgroups)
+        for tid in ended["tid"][ended["tid"] == ended["tgid"]].tolist():
+            self._cgroups.pop(tid, None)
 
     def _add_process(self, tgid: int, ppid: int, comm: bytes, *, forked: bool) -> None:
         if len(self._names) < _NAMED_PROCESSES:
@@ -325,116 +289,18 @@ class Tracer:
         self._cgroups[tgid] = cgroup_of(tgid) if inherited is None else inherited
         self._alive.add(tgid)
 
-    def _write_threads(self, threads: npt.NDArray[np.void], stacks: list[int]) -> None:
-        """Final rows of threads: shape (n,) of dtype THREAD, and where they stand, -1 unknown."""
-        is_open = threads["event"] == ThreadEvent.END
-        self._writer.append(
-            "threads",
-            {
-                "tid": threads["tid"],
-                "tgid": threads["tgid"],
-                "comm": np.ascontiguousarray(threads["comm"]),
-                "start_ns": threads["start_ns"],
-                "cgroup": [self._cgroups.get(tgid, "") for tgid in threads["tgid"].tolist()],
-                "waits": threads["waits"],
-                "wait_ns": threads["wait_ns"],
-                "max_wait_ns": threads["max_wait_ns"],
-                "blocked": threads["blocked"],
-                "blocked_ns": threads["blocked_ns"],
-                "open": [
-                    _OPEN.get(place, "") if at_end else ""
-                    for place, at_end in zip(threads["place"].tolist(), is_open, strict=True)
-                ],
-                "open_ns": threads["open_ns"],
-                "stack": stacks,
-                "ppid": threads["ppid"],
-            },
-        )
-
-    def _flush(self) -> None:
-        """Everything known so far to disk."""
-        self._write_waits(hold=True)
-        self._write_names(self._naming.take())
-        self._writer.flush()
-
-    def _write_names(self, named: NamedStacks) -> None:
-        if named.frames:
-            numbers, frames = zip(*named.frames, strict=True)
-            self._writer.append(
-                "frames",
-                {
-                    "id": list(numbers),
-                    "symbol": [frame.symbol for frame in frames],
-                    "module": [frame.module for frame in frames],
-                    "offset": np.array([frame.offset for frame in frames], np.uint64),
-                    "space": [frame.space for frame in frames],
-                },
-            )
-        if named.stacks:
-            numbers, ids, whole, kernel_frames = zip(*named.stacks, strict=True)
-            self._writer.append(
-                "stacks",
-                {
-                    "id": list(numbers),
-                    "frames": list(ids),
-                    "whole": list(whole),
-                    "kernel_frames": list(kernel_frames),
-                },
-            )
-
     # ---------------------------------------------------- counters and quality
+
+    def _write_snapshot(self) -> None:
+        self._recorder.write_counters(self._shared.hist, self._slots())
+        self._recorder.update_manifest(
+            {"end_ns": time.monotonic_ns(), "targets": self._targets(), "quality": self._quality()}
+        )
 
     def _slots(self) -> dict[int, int]:
         """Histogram number → process; number 0 is all processes that got none of their own."""
         slots = {slot: tgid for tgid, slot in self._probes.table("lat_slots")}
         return {0: -1} | slots
-
-    def _write_snapshot(self) -> None:
-        """The exact counters as they are now, so that a killed trace has them too."""
-        hists, totals = [], []
-        for slot, tgid in self._slots().items():
-            per_cpu = self._shared.hist[slot]
-            counts = per_cpu["slots"].sum(axis=0)
-            waits = int(counts.sum())
-            if not waits:
-                continue
-            lo, hi, count = histogram.buckets(counts)
-            hists.append((np.full(len(lo), tgid, np.int32), lo, hi, count))
-            kinds = per_cpu["kinds"].sum(axis=0)
-            totals.append(
-                {
-                    "tgid": tgid,
-                    "waits": waits,
-                    "wait_ns": int(per_cpu["wait_ns"].sum()),
-                    "max_ns": int(per_cpu["max_ns"].max()),
-                    "blocked": int(per_cpu["blocked"].sum()),
-                    "blocked_ns": int(per_cpu["blocked_ns"].sum()),
-                    "waits_wakeup": int(kinds[0]),
-                    "waits_new": int(kinds[1]),
-                    "waits_preempted": int(kinds[2]),
-                    "snapshot": self._snapshots,
-                }
-            )
-        if totals:
-            tgids, lo, hi, count = (np.concatenate(column) for column in zip(*hists, strict=True))
-            self._writer.append(
-                "hist",
-                {
-                    "metric": ["wait"] * len(tgids),
-                    "tgid": tgids,
-                    "lo_ns": lo,
-                    "hi_ns": hi,
-                    "count": count,
-                    "snapshot": np.full(len(tgids), self._snapshots, np.uint32),
-                },
-            )
-            self._writer.append(
-                "totals", {name: [row[name] for row in totals] for name in totals[0]}
-            )
-            self._snapshots += 1
-        self._writer.update_manifest(
-            {"end_ns": time.monotonic_ns(), "targets": self._targets(), "quality": self._quality()}
-        )
 
     def _quality(self) -> dict[str, Any]:
         counters = self._shared.counters()
@@ -444,7 +310,9 @@ class Tracer:
             "rows": counters["rows"],
             "lost_events": counters["lost_waits"] + counters["lost_threads"],
             "lost_threads": counters["lost_threads"],
-            "lost_stacks": counters["lost_stacks"] + counters["missed_stacks"] + self._lost_stacks,
+            "lost_stacks": counters["lost_stacks"]
+            + counters["missed_stacks"]
+            + self._recorder.lost_stacks,
             "open_at_start": counters["open_at_start"],
             "no_start": counters["no_start"],
             "missed_switches": counters["missed_switches"],
@@ -499,90 +367,28 @@ class Tracer:
                 self._finish(complete=kind is None)
 
     def _finish(self, *, complete: bool) -> None:
-        self._end_ns = time.monotonic_ns()
+        end_ns = time.monotonic_ns()
         self._cost.close()
         self._probes.detach()
         time.sleep(_SETTLE_S)
-        open_at_end = self._write_open_threads(
-            bpf.read_iterator(self._probes.programs["lat_iter_end"])
+        open_at_end = self._recorder.write_open_threads(
+            bpf.read_iterator(self._probes.programs["lat_iter_end"]),
+            self._cgroups,
+            end_ns=end_ns,
+            stacks=self._options.stacks,
         )
         while self._ring.used():
             self._drain()
-        self._write_waits(hold=False)
-        self._lost_stacks += self._stacks.forget()
-        self._write_names(self._naming.finish(_NAMING_TIMEOUT_S))
+        symbols = self._recorder.finish()
         self._write_snapshot()
-        self._writer.update_manifest(
+        self._recorder.update_manifest(
             {
-                "end_ns": self._end_ns,
-                "quality": {"open_at_end": open_at_end, "symbols": self._naming.stats()},
+                "end_ns": end_ns,
+                "quality": {"open_at_end": open_at_end, "symbols": symbols},
                 "overhead": self._cost.report(),
             }
         )
-        self._writer.close(complete=complete)
-
-    def _write_open_threads(self, raw: bytes) -> int:
-        """The final rows of threads still there; returns how many of them wait right now."""
-        at, records, stacks = 0, [], []
-        while at < len(raw):
-            record = np.frombuffer(raw, THREAD, 1, at)
-            at += CELL_BYTES
-            depth = int(record["frames"][0])
-            kernel = np.frombuffer(raw, "<u8", depth, at)
-            at += 8 * depth
-            stack = -1
-            if self._options.stacks and depth:
-                tgid = int(record["tgid"][0])
-                user = user_frames(tgid, int(record["user_ip"][0]), int(record["user_fp"][0]))
-                stack = self._stacks.intern(tgid, kernel, np.array(user, np.uint64))
-            records.append(record)
-            stacks.append(stack)
-        if not records:
-            return 0
-        threads = np.concatenate(records)
-        after_end = threads["ts_ns"] - np.minimum(threads["ts_ns"], self._end_ns)
-        threads["open_ns"] -= np.minimum(threads["open_ns"], after_end)
-        self._write_threads(threads, stacks)
-        return int(np.isin(threads["place"], (Place.WAITING, Place.UNKNOWN)).sum())
-
-
-class Alive:
-    """Watches processes for their end, by pidfd."""
-
-    def __init__(self) -> None:
-        self._epoll = select.epoll()
-        self._tgids: dict[int, int] = {}
-        self._fds: set[int] = set()
-
-    def __contains__(self, tgid: int) -> bool:
-        return tgid in self._fds
-
-    def __len__(self) -> int:
-        return len(self._tgids)
-
-    def add(self, tgid: int) -> None:
-        """Watch a process; one that is gone already is not watched."""
-        with contextlib.suppress(OSError):
-            pidfd = os.pidfd_open(tgid)
-            self._tgids[pidfd] = tgid
-            self._fds.add(tgid)
-            self._epoll.register(pidfd, select.EPOLLIN)
-
-    def wait(self, seconds: float) -> list[int]:
-        """Sleep until a watched process ends, at most `seconds`; returns those that have."""
-        ended = []
-        for pidfd, _ in self._epoll.poll(seconds):
-            os.close(pidfd)
-            ended.append(self._tgids.pop(pidfd))
-            self._fds.discard(ended[-1])
-        return ended
-
-    def close(self) -> None:
-        """Watch no more."""
-        for pidfd in self._tgids:
-            os.close(pidfd)
-        self._tgids.clear()
-        self._epoll.close()
+        self._recorder.close(complete=complete)
 
 
 def _command_line(tgid: int) -> str:

@@ -1,0 +1,233 @@
+"""What the drain and the counters give, written into the capture's tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from latrace.analysis import histogram
+
+from .records import CELL_BYTES, THREAD, Place, ThreadEvent
+from .rows import wait_columns
+from .stacks import NamedStacks, Naming, StackCells
+from .unwind import user_frames
+from .writer import CaptureWriter
+
+STACK_FOLLOWS_NS = 500_000_000
+"""A stack's cells follow its wait at once. A row that is older has waited in vain."""
+
+_ROWS_PER_APPEND = 1 << 16
+_NAMING_TIMEOUT_S = 30.0
+_OPEN = {Place.WAITING: "waiting", Place.UNKNOWN: "waiting", Place.BLOCKED: "blocked"}
+
+
+class Recorder:
+    """Turns records into rows. Not thread-safe; the names of frames are looked up elsewhere.
+
+    Every method that writes raises LatraceError when that fails.
+    """
+
+    def __init__(self, writer: CaptureWriter) -> None:
+        self._writer = writer
+        self._naming = Naming()
+        self._stacks = StackCells(self._naming.add)
+        self._pending: list[npt.NDArray[np.void]] = []
+        self._pending_rows = 0
+        self._snapshots = 0
+        self.lost_stacks = 0
+        """Stacks that came without their row, or in part; known at the end."""
+
+    def add_stacks(self, cells: npt.NDArray[np.void]) -> None:
+        """Take stack cells, shape (n,) of dtype STACK."""
+        self._stacks.add(cells)
+
+    def add_waits(self, waits: npt.NDArray[np.void], now_ns: int) -> None:
+        """Take waits, shape (n,) of dtype WAIT, in the order of the ring."""
+        self._pending.append(waits)
+        self._pending_rows += len(waits)
+        if self._pending_rows >= _ROWS_PER_APPEND:
+            self._write_waits(now_ns)
+            self._writer.flush()
+
+    def exec(self, tgid: int) -> None:
+        """The process maps other files from now on."""
+        self._naming.changed(tgid)
+
+    def flush(self, now_ns: int) -> None:
+        """Put everything known so far on disk."""
+        self._write_waits(now_ns)
+        self._write_names(self._naming.take())
+        self._writer.flush()
+
+    def _write_waits(self, now_ns: int | None) -> None:
+        """Write rows; those whose stack may still come are held back, unless `now_ns` is None."""
+        if not self._pending:
+            return
+        waits = np.concatenate(self._pending)
+        self._pending, self._pending_rows = [], 0
+        if now_ns is not None:
+            ready = self._stacks.arrived(waits["stack_key"])
+            ready &= self._stacks.arrived(waits["waker_key"])
+            ready |= waits["run_ns"] + np.uint64(STACK_FOLLOWS_NS) < now_ns
+            if not ready.all():
+                self._pending = [waits[~ready]]
+                self._pending_rows = len(self._pending[0])
+                waits = waits[ready]
+        stacks, wakers = (self._stacks.ids(waits[key]) for key in ("stack_key", "waker_key"))
+        self._writer.append("waits", wait_columns(waits, stacks, wakers))
+
+    def write_threads(
+        self,
+        threads: npt.NDArray[np.void],
+        cgroups: Mapping[int, str],
+        stacks: list[int] | None = None,
+    ) -> None:
+        """Write the final rows of threads.
+
+        `threads`: shape (n,) of dtype THREAD; `cgroups` by process; `stacks`: ids of where they
+        stand, -1 unknown.
+        """
+        is_open = (threads["event"] == ThreadEvent.END).tolist()
+        self._writer.append(
+            "threads",
+            {
+                "tid": threads["tid"],
+                "tgid": threads["tgid"],
+                "comm": np.ascontiguousarray(threads["comm"]),
+                "start_ns": threads["start_ns"],
+                "cgroup": [cgroups.get(tgid, "") for tgid in threads["tgid"].tolist()],
+                "waits": threads["waits"],
+                "wait_ns": threads["wait_ns"],
+                "max_wait_ns": threads["max_wait_ns"],
+                "blocked": threads["blocked"],
+                "blocked_ns": threads["blocked_ns"],
+                "open": [
+                    _OPEN.get(place, "") if at_end else ""
+                    for place, at_end in zip(threads["place"].tolist(), is_open, strict=True)
+                ],
+                "open_ns": threads["open_ns"],
+                "stack": stacks or [-1] * len(threads),
+                "ppid": threads["ppid"],
+            },
+        )
+
+    def write_open_threads(
+        self, raw: bytes, cgroups: Mapping[int, str], *, end_ns: int, stacks: bool
+    ) -> int:
+        """Write the final rows of threads still there; returns how many of them wait right now.
+
+        `raw`: what the iterator at the end wrote, records with the kernel stack behind each.
+        """
+        at = 0
+        records: list[npt.NDArray[np.void]] = []
+        ids: list[int] = []
+        while at < len(raw):
+            record = np.frombuffer(raw, THREAD, 1, at)
+            at += CELL_BYTES
+            depth = int(record["frames"][0])
+            kernel = np.frombuffer(raw, "<u8", depth, at)
+            at += 8 * depth
+            number = -1
+            if stacks and depth:
+                tgid = int(record["tgid"][0])
+                user = user_frames(tgid, int(record["user_ip"][0]), int(record["user_fp"][0]))
+                number = self._stacks.intern(tgid, kernel, np.array(user, np.uint64))
+            records.append(record)
+            ids.append(number)
+        if not records:
+            return 0
+        threads = np.concatenate(records)
+        after_end = threads["ts_ns"] - np.minimum(threads["ts_ns"], end_ns)
+        threads["open_ns"] -= np.minimum(threads["open_ns"], after_end)
+        self.write_threads(threads, cgroups, ids)
+        return int(np.isin(threads["place"], (Place.WAITING, Place.UNKNOWN)).sum())
+
+    def _write_names(self, named: NamedStacks) -> None:
+        if named.frames:
+            numbers, frames = zip(*named.frames, strict=True)
+            self._writer.append(
+                "frames",
+                {
+                    "id": list(numbers),
+                    "symbol": [frame.symbol for frame in frames],
+                    "module": [frame.module for frame in frames],
+                    "offset": np.array([frame.offset for frame in frames], np.uint64),
+                    "space": [frame.space for frame in frames],
+                },
+            )
+        if named.stacks:
+            numbers, ids, whole, kernel_frames = zip(*named.stacks, strict=True)
+            self._writer.append(
+                "stacks",
+                {
+                    "id": list(numbers),
+                    "frames": list(ids),
+                    "whole": list(whole),
+                    "kernel_frames": list(kernel_frames),
+                },
+            )
+
+    def write_counters(self, hist: npt.NDArray[np.void], slots: Mapping[int, int]) -> None:
+        """Write the exact counters as they are now, so that a killed trace has them too.
+
+        `hist`: shape (histograms, cpus) of dtype HIST; `slots`: whose each histogram is.
+        """
+        buckets, totals = [], []
+        for slot, tgid in slots.items():
+            per_cpu = hist[slot]
+            counts = per_cpu["slots"].sum(axis=0)
+            waits = int(counts.sum())
+            if not waits:
+                continue
+            lo, hi, count = histogram.buckets(counts)
+            buckets.append((np.full(len(lo), tgid, np.int32), lo, hi, count))
+            kinds = per_cpu["kinds"].sum(axis=0)
+            totals.append(
+                {
+                    "tgid": tgid,
+                    "waits": waits,
+                    "wait_ns": int(per_cpu["wait_ns"].sum()),
+                    "max_ns": int(per_cpu["max_ns"].max()),
+                    "blocked": int(per_cpu["blocked"].sum()),
+                    "blocked_ns": int(per_cpu["blocked_ns"].sum()),
+                    "waits_wakeup": int(kinds[0]),
+                    "waits_new": int(kinds[1]),
+                    "waits_preempted": int(kinds[2]),
+                    "snapshot": self._snapshots,
+                }
+            )
+        if not totals:
+            return
+        tgids, lo, hi, count = (np.concatenate(column) for column in zip(*buckets, strict=True))
+        self._writer.append(
+            "hist",
+            {
+                "metric": ["wait"] * len(tgids),
+                "tgid": tgids,
+                "lo_ns": lo,
+                "hi_ns": hi,
+                "count": count,
+                "snapshot": np.full(len(tgids), self._snapshots, np.uint32),
+            },
+        )
+        self._writer.append("totals", {name: [row[name] for row in totals] for name in totals[0]})
+        self._snapshots += 1
+
+    def update_manifest(self, changes: Mapping[str, Any]) -> None:
+        """Change the manifest and replace its file."""
+        self._writer.update_manifest(changes)
+
+    def finish(self) -> dict[str, Any]:
+        """Write what was held back and wait for the last names; returns how the look-up fared."""
+        self._write_waits(None)
+        self.lost_stacks += self._stacks.forget()
+        self._write_names(self._naming.finish(_NAMING_TIMEOUT_S))
+        return self._naming.stats()
+
+    def close(self, *, complete: bool) -> None:
+        """Close the capture. Safe to call again."""
+        self._naming.finish(0)
+        self._writer.close(complete=complete)
