@@ -8,7 +8,6 @@ search and the keyboard; it takes names from the drawn text and treats them as t
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from functools import cache
 from importlib import resources
 from typing import Final, get_args
 from xml.sax.saxutils import escape as xml_escape
@@ -29,6 +28,12 @@ MIN_PIXELS: Final = 0.1
 MAX_FRAMES: Final = 12_000  # about 3 MB; a browser lays that many out at once without a stutter
 NAME_LIMIT: Final = 400
 TINTS: Final = 3
+
+# At import: at the first picture, a command that began as root may not be able to read them.
+_STYLE, _SCRIPT = (
+    resources.files("latrace.flamegraphs").joinpath(name).read_text(encoding="utf-8")
+    for name in ("flame.css", "flame.js")
+)
 
 _PROSE: Final = 7.2  # px per character of the widest of the prose fonts at 12 px
 _TITLE: Final = 10.2  # the same at 17 px, bold
@@ -63,7 +68,7 @@ def to_svg(profile: Profile, *, inverted: bool = False) -> str:
         f'aria-roledescription="flame graph" aria-label="{title}">',
         f"<title>{title}</title>",
         f"<desc>{_safe(profile.subtitle)} {_safe(facts)}</desc>",
-        f"<style>\n{_asset('flame.css')}</style>",
+        f"<style>\n{_STYLE}</style>",
         '<rect class="bg" width="100%" height="100%"/>',
         *head,
         f'<g class="frames" data-rows="{layout.rows}" data-row="{ROW}" '
@@ -71,7 +76,7 @@ def to_svg(profile: Profile, *, inverted: bool = False) -> str:
         *_frames(layout, top=top, inverted=inverted),
         "</g>",
         *foot,
-        f"<script><![CDATA[\n{_asset('flame.js')}]]></script>",
+        f"<script><![CDATA[\n{_SCRIPT}]]></script>",
         "</svg>\n",
     ]
     return "\n".join(drawing)
@@ -169,8 +174,3 @@ def _line(text: str, pixels: float, per_character: float = _PROSE) -> str:
 
 def _safe(text: str) -> str:
     return xml_escape(visible(text, limit=NAME_LIMIT), {'"': "&quot;"})
-
-
-@cache
-def _asset(name: str) -> str:
-    return resources.files("latrace.flamegraphs").joinpath(name).read_text(encoding="utf-8")

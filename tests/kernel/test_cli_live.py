@@ -340,29 +340,30 @@ def test_heavy_modules_wait_until_the_probes_are_attached(victim: subprocess.Pop
     assert [line for line in result.stderr.splitlines() if line.startswith("HEAVY")] == ["HEAVY"]
 
 
-@pytest.mark.parametrize("options", [(), ("--json",)])
-def test_our_code_is_read_before_root_is_given_up(
-    victim: subprocess.Popen[bytes], options: tuple[str, ...]
+@pytest.mark.parametrize("command", ["attach -d 0.3", "attach -d 0.3 --json", "demo -d 1"])
+def test_our_files_are_read_before_root_is_given_up(
+    victim: subprocess.Popen[bytes], command: str
 ) -> None:
     """Afterwards we may not be able to: a newcomer's home is closed to others."""
     script = (
         "import sys\n"
+        "from pathlib import Path\n"
         "from latrace.tracer.commands import tracing\n"
-        "become = tracing.become\n"
-        "class Spy:\n"
-        "    def find_spec(self, name, path=None, target=None):\n"
-        "        if name.partition('.')[0] in ('latrace', 'numpy', 'pyarrow', 'rich'):\n"
-        "            print('LATE', name, file=sys.stderr)\n"
+        "become, ours = tracing.become, (sys.prefix, str(Path(tracing.__file__).parents[2]))\n"
+        "def hook(event, args):\n"
+        "    if event == 'open' and str(args[0]).startswith(ours):\n"
+        "        print('LATE', args[0], file=sys.stderr)\n"
         "def spy(account):\n"
         "    become(account)\n"
-        "    sys.meta_path.insert(0, Spy())\n"
+        "    sys.addaudithook(hook)\n"
         "    print('BECAME', file=sys.stderr)\n"
         "tracing.become = spy\n"
         "from latrace.tracer.cli import main\n"
         "sys.exit(main())\n"
     )
+    arguments = command.split() + (["-p", str(victim.pid)] if "attach" in command else [])
     result = subprocess.run(
-        [sys.executable, "-c", script, "attach", "-p", str(victim.pid), "-d", "0.3", *options],
+        [sys.executable, "-c", script, *arguments],
         capture_output=True,
         text=True,
         timeout=TIMEOUT_S,
