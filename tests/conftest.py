@@ -165,8 +165,14 @@ def read_settings() -> dict[str, str]:
 
 @pytest.fixture
 def bpf_objects() -> Callable[[], set[tuple[str, int, str]]]:
-    """Give the function that lists our programs and maps, for tests that look themselves."""
-    return our_bpf_objects
+    """Give the function that lists the programs and maps that these tests have in the kernel."""
+
+    def of_these_tests() -> set[tuple[str, int, str]]:
+        objects = our_bpf_objects()
+        others = held_by_others()
+        return {item for item in objects if item[:2] not in others}
+
+    return of_these_tests
 
 
 @pytest.fixture(autouse=True)

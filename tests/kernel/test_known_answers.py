@@ -135,7 +135,8 @@ def test_threads_that_come_and_go(waits: Path, tmp_path: Path) -> None:
     new = sum(row["waits_new"] for row in traced.capture.totals.to_pylist())
     assert 2000 - unknown_starts(traced.quality) <= new <= 2000
     threads = [row for row in traced.capture.threads.to_pylist() if row["tid"] != traced.pid]
-    short = sum(row["blocked_ns"] < 200_000 for row in threads)
+    # It can be preempted between setting its timer and going to sleep: that part is waiting.
+    short = sum(row["blocked_ns"] + row["wait_ns"] < 200_000 for row in threads)
     assert short <= unknown_starts(traced.quality)
 
 
