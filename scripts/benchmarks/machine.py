@@ -11,6 +11,8 @@ from importlib import metadata
 from pathlib import Path
 
 _TREE = Path(__file__).resolve().parents[2]
+# Mitigations that make calls, returns or system calls slower.
+_COSTLY = ("spectre_v2", "spec_rstack_overflow", "retbleed", "meltdown")
 _PACKAGES = ("linux-perf", "python3-bpfcc", "libbpf-tools", "bpftrace")
 
 
@@ -63,13 +65,13 @@ def _system() -> str:
 
 
 def _mitigations() -> str:
-    """Those that make an indirect call or a system call slower."""
+    """Those that the figures depend on, in short."""
     folder = Path("/sys/devices/system/cpu/vulnerabilities")
-    found = {name: _read(str(folder / name)).strip() for name in ("spectre_v2", "meltdown")}
+    found = {name: _read(str(folder / name)).strip() for name in _COSTLY}
     return "; ".join(
-        f"{name}: {state.split(';')[0].split(',')[0].removeprefix('Mitigation: ')}"
+        f"{name}: {state.split(';')[0].removeprefix('Mitigation: ')}"
         for name, state in found.items()
-        if state
+        if state and state != "Not affected"
     )
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from textwrap import wrap
 from typing import Any
 
 from . import goals
 from .estimate import METHOD
 from .suite import BENCHMARKS
-from .tables import paragraph
+from .tables import WIDTH, paragraph
 
 _FEW = "Quick run: it shows that the measuring works. Its figures prove nothing."
+_NAMES = 12
 _BUSY = 1.0
 """Above this load average, other processes are in the figures."""
 
@@ -22,14 +24,23 @@ def collect_goals(results: dict[str, Any]) -> list[goals.Goal]:
 
 def about(document: dict[str, Any]) -> list[str]:
     """The machine and the method."""
-    lines = [f"{name:<12} {value}" for name, value in document["machine"].items()]
     before, after = document["load_average"]
-    lines.append(f"{'load':<12} {before:.2f} before, {after:.2f} after")
-    lines.append(f"{'date':<12} {document['date']}")
-    lines.append(f"{'method':<12} {document['rounds']} rounds, interleaved (A B C A B C ...);")
-    lines.append(f"{'':<12} {METHOD};")
-    lines.append(f"{'':<12} ratios are of the same round")
-    return lines
+    facts = document["machine"] | {
+        "load": f"{before:.2f} before, {after:.2f} after",
+        "date": document["date"],
+        "method": f"{document['rounds']} rounds, interleaved (A B C A B C ...); {METHOD};"
+        " ratios are of the same round",
+    }
+    return [
+        f"{name if first else '':<{_NAMES}} {line}"
+        for name, value in facts.items()
+        for first, line in _first(wrap(value, WIDTH - _NAMES - 1))
+    ]
+
+
+def _first(lines: list[str]) -> Iterator[tuple[bool, str]]:
+    """Each line, and whether it is the first one."""
+    return ((number == 0, line) for number, line in enumerate(lines))
 
 
 def warnings(document: dict[str, Any]) -> list[str]:

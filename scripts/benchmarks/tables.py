@@ -18,11 +18,11 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
     def line(cells: Sequence[str]) -> str:
         first = f"{cells[0][: widths[0]]:<{widths[0]}}"
-        return "  ".join(
-            [first, *(f"{c:>{w}}" for c, w in zip(cells[1:], widths[1:], strict=True))]
-        )
+        rest = (f"{cell:>{width}}" for cell, width in zip(cells[1:], widths[1:], strict=True))
+        return "  ".join([first, *rest]).rstrip()
 
-    return [line(heads), "-" * len(line(heads)), *(line(row).rstrip() for row in rows)]
+    rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
+    return [line(heads), rule, *map(line, rows)]
 
 
 def paragraph(text: str) -> list[str]:
