@@ -33,6 +33,12 @@ def _coded(codes: npt.NDArray[np.integer[Any]], names: tuple[str, ...]) -> pa.Di
     )
 
 
+def _context(code: int) -> str | None:
+    """None: nobody woke it, it was preempted; or its wake-up was not seen."""
+    name = WAKER_CONTEXTS[code]
+    return None if name == "unknown" else name
+
+
 def wait_columns(
     waits: npt.NDArray[np.void],
     stacks: npt.NDArray[np.int32],
@@ -59,7 +65,7 @@ def wait_columns(
         "waker_tid": id_or_none("waker_tid"),
         "waker_tgid": id_or_none("waker_tgid"),
         "waker": names_from_bytes(waits["waker"]),
-        "waker_ctx": _coded(waits["waker_ctx"], WAKER_CONTEXTS),
+        "waker_ctx": names_from_codes(waits["waker_ctx"], _context),
         "blocked_ns": waits["blocked_ns"],
         "syscall": names_from_codes(waits["syscall"], syscall_name),
         "stack": stacks,
