@@ -38,9 +38,7 @@ int lat_fork(u64 *ctx)
 		if ((o->follow_forks && is_target(parent)) || comm_matches(o, comm))
 			set_target(child, TARGET_PROCESS);
 	}
-	if (!is_target(child))
-		return 0;
-	s = state_of(child);
+	s = target_state(child);
 	if (s)
 		send_thread(child, s, THREAD_FORK, 0);
 	return 0;
@@ -53,9 +51,7 @@ static inline int named(u64 task, u8 event, u64 *comm)
 
 	if (o && LD32(task, OFF_TASK_PID) == LD32(task, OFF_TASK_TGID) && comm_matches(o, comm))
 		set_target(task, TARGET_PROCESS);
-	if (!is_target(task))
-		return 0;
-	s = state_of(task);
+	s = target_state(task);
 	if (s)
 		send_thread(task, s, event, comm);
 	return 0;

@@ -135,8 +135,19 @@ static inline struct thread_state *state_of(u64 task)
 		s->slot = slot_of(LD32(task, OFF_TASK_TGID));
 		s->kernel_ns = LD64(task, OFF_RUN_DELAY);
 		s->kernel_count = LD64(task, OFF_PCOUNT);
+	} else {
+		struct cpu_state *c = this_cpu();
+
+		if (c)
+			c->no_storage++;
 	}
 	return s;
+}
+
+/* 0 where the task is not one we trace: there this costs one look at a byte. */
+static inline struct thread_state *target_state(u64 task)
+{
+	return is_target(task) ? state_of(task) : 0;
 }
 
 static inline void fill_thread(struct thread_record *r, u64 task, struct thread_state *s, u8 event)

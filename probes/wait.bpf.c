@@ -61,15 +61,10 @@ int lat_waking(u64 *ctx)
 	struct cpu_state *c;
 	int began;
 
-	if (!is_target(task))
-		return 0;
+	s = target_state(task);
 	c = this_cpu();
-	s = state_of(task);
-	if (!c || !s) {
-		if (c)
-			c->no_storage++;
+	if (!s || !c)
 		return 0;
-	}
 	now = bpf_ktime_get_ns();
 	began = wait_waking(&s->wait, now);
 	if (!began)
@@ -109,9 +104,7 @@ int lat_wakeup(u64 *ctx)
 	u64 task = ARG(ctx, 0);
 	struct thread_state *s;
 
-	if (!is_target(task))
-		return 0;
-	s = state_of(task);
+	s = target_state(task);
 	if (!s)
 		return 0;
 	if (wait_queued(&s->wait, bpf_ktime_get_ns())) {
@@ -129,9 +122,7 @@ int lat_wakeup_new(u64 *ctx)
 	u64 task = ARG(ctx, 0);
 	struct thread_state *s;
 
-	if (!is_target(task))
-		return 0;
-	s = state_of(task);
+	s = target_state(task);
 	if (!s)
 		return 0;
 	wait_start(&s->wait, bpf_ktime_get_ns(), WAIT_NEW);
@@ -146,9 +137,7 @@ int lat_migrate(u64 *ctx)
 	u64 task = ARG(ctx, 0);
 	struct thread_state *s;
 
-	if (!is_target(task))
-		return 0;
-	s = lat_tasks.task_storage_get((void *)task, 0, 0);
+	s = target_state(task);
 	if (s && s->wait.place == PLACE_WAITING && s->wait.migrations < 0xffff)
 		s->wait.migrations++;
 	return 0;

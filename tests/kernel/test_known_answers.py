@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +114,41 @@ def test_round_trips_on_one_cpu(waits: Path, tmp_path: Path) -> None:
     by_echo = sum((row["tid"], row["waker_tid"]) == (main, echo) for row in reads)
     assert by_main + by_echo >= len(reads) - 1  # main was let go by the test
     assert 5_000 < len(reads) <= 40_000
+
+
+UDP = """
+import socket, sys, threading
+receiver = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+receiver.bind(("127.0.0.1", 0))
+sender = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+sys.stdin.read(1)
+def receive():
+    for _ in range(500): receiver.recv(1)
+thread = threading.Thread(target=receive)
+thread.start()
+import time
+for _ in range(500):
+    time.sleep(0.001)
+    sender.sendto(b"x", receiver.getsockname())
+thread.join()
+"""
+
+
+def test_what_wakes_is_told_apart(tmp_path: Path) -> None:
+    """A timer wakes from a hard interrupt, a packet over loopback from a soft one."""
+    program = [sys.executable, "-c", UDP]
+    traced = trace(program, tmp_path / "c", make_options=every_wait)
+    check_invariants(traced)
+    rows = traced.capture.waits.select(["syscall", "waker_ctx", "waker_tid", "kind"]).to_pylist()
+    by_call = {
+        call: [row for row in rows if row["syscall"] == call and row["waker_ctx"] is not None]
+        for call in ("recvfrom", "clock_nanosleep")
+    }
+    for call, context in (("recvfrom", "softirq"), ("clock_nanosleep", "hardirq")):
+        contexts = [row["waker_ctx"] for row in by_call[call]]
+        assert len(contexts) > 300
+        assert contexts.count(context) >= 0.98 * len(contexts), (call, Counter(contexts))
+        assert all(row["waker_tid"] == -1 for row in by_call[call] if row["waker_ctx"] == context)
 
 
 def test_two_threads_on_one_cpu(waits: Path, tmp_path: Path) -> None:
