@@ -150,16 +150,16 @@ def _explanation(alone: Answers, beside: Answers, summary: dict[str, Any]) -> st
             " as nothing of the service runs meanwhile."
         )
         # On a busy machine one stray answer makes the P99 of so few: the median shows it still.
-        for name, before_ns, after_ns in (
+        name, before_ns, after_ns = max(
             ("P99", alone.p99_ns, beside.p99_ns),
             ("median", alone.p50_ns, beside.p50_ns),
-        ):
-            if after_ns > before_ns:
-                told = (
-                    f"The work for a request stayed the same, yet their {name} went from"
-                    f" {words.duration(before_ns)} to {words.duration(after_ns)}. {told}"
-                )
-                break
+            key=lambda figures: figures[2] / max(1, figures[1]),
+        )
+        if after_ns > before_ns:
+            told = (
+                f"The work for a request stayed the same, yet their {name} went from"
+                f" {words.duration(before_ns)} to {words.duration(after_ns)}. {told}"
+            )
         else:
             told = f"This machine was so busy before that {HOG} made no difference. {told}"
         lines += [*textwrap.wrap(told, width_of(sys.stdout)), ""]
