@@ -18,11 +18,10 @@ static inline int comm_matches(struct control *o, u64 *comm)
 static inline void set_target(u64 task, u8 on)
 {
 	u64 tgid = LD32(task, OFF_TASK_TGID);
-	u32 zero = 0;
-	struct targets *t = lat_targets.lookup(&zero);
+	char *byte = target_byte(tgid);
 
-	if (t && tgid < PID_MAX && tgid != SELF_TGID)
-		t->on[tgid] = (t->on[tgid] & TARGET_THREAD) | on;
+	if (byte && tgid != SELF_TGID)
+		*byte = (*byte & TARGET_THREAD) | on;
 }
 
 int lat_fork(u64 *ctx)

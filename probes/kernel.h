@@ -43,7 +43,9 @@ struct thread_state {
 
 #define TARGET_PROCESS 1
 #define TARGET_THREAD 2
-struct targets { char on[PID_MAX]; };		/* by process and by thread id; two bits */
+#define TARGETS_IN_PART 32768
+#define TARGET_PARTS ((PID_MAX + TARGETS_IN_PART - 1) / TARGETS_IN_PART)
+struct targets { char on[TARGETS_IN_PART]; };	/* by process and by thread id; two bits */
 struct scratch { u64 frames[STACK_FRAMES]; };
 
 /* bcc compiles code to print every field of every map, which takes longer than all the rest:
@@ -58,7 +60,7 @@ BYTES_OF(scratch);
 BYTES_OF(thread_state);
 
 #define MMAPABLE (1 << 10)
-BPF_F_TABLE("array", u32, struct targets, lat_targets, 1, MMAPABLE);
+BPF_F_TABLE("array", u32, struct targets, lat_targets, TARGET_PARTS, MMAPABLE);
 BPF_F_TABLE("array", u32, struct control_bytes, lat_control, 1, MMAPABLE);
 BPF_F_TABLE("array", u32, struct cpu_state_bytes, lat_cpus, NCPU, MMAPABLE);
 BPF_F_TABLE("array", u32, struct hist_bytes, lat_hist, NCPU * NSLOT, MMAPABLE);
@@ -68,19 +70,23 @@ BPF_QUEUE(lat_free, u32, NSLOT);
 BPF_TASK_STORAGE(lat_tasks, struct thread_state_bytes);
 BPF_RINGBUF_OUTPUT(lat_ring, RING_PAGES);
 
+static inline char *target_byte(u64 id)
+{
+	u32 part = id / TARGETS_IN_PART;
+	struct targets *t = lat_targets.lookup(&part);
+
+	return t ? &t->on[id % TARGETS_IN_PART] : 0;
+}
+
 static inline int is_target(u64 task)
 {
-	u64 id = LD32(task, OFF_TASK_TGID);
-	u32 zero = 0;
-	struct targets *t = lat_targets.lookup(&zero);
+	char *on = target_byte(LD32(task, OFF_TASK_TGID));
 
-	if (!t)
-		return 0;
-	if (id < PID_MAX && t->on[id] & TARGET_PROCESS)
+	if (on && *on & TARGET_PROCESS)
 		return 1;
 #if SINGLE_THREADS
-	id = LD32(task, OFF_TASK_PID);
-	if (id < PID_MAX && t->on[id] & TARGET_THREAD)
+	on = target_byte(LD32(task, OFF_TASK_PID));
+	if (on && *on & TARGET_THREAD)
 		return 1;
 #endif
 	return 0;
