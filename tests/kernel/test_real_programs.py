@@ -83,12 +83,13 @@ def test_redis_under_its_benchmark(redis: tuple[int, int], tmp_path: Path) -> No
         assert sum(weight for _, weight in profile.stacks) > 0
         assert b"redis-server" in render(profile, "x.folded")
         assert render(profile, "x.svg").startswith(b"<")
-    names = {
-        frame.name
+    stacks = [
+        [frame.name for frame in stack]
         for stack, _ in build_profile(result.capture, kind="offcpu").stacks
-        for frame in stack
-    }
-    assert {"epoll_wait", "do_epoll_wait"} <= names
+    ]
+    callers = {names[names.index("-") - 1] for names in stacks if "do_epoll_wait" in names}
+    # glibc 2.41 makes the call in a helper that its stripped library does not name.
+    assert any(name == "epoll_wait" or name.startswith("libc.so.6+0x") for name in callers)
 
 
 def test_node_with_a_perf_map(tmp_path: Path) -> None:
