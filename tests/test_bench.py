@@ -322,6 +322,14 @@ def test_a_promise_that_is_missed_is_told(path: str, value: object, goal: str) -
     assert "MISSED" in page.text(change(path, value))
 
 
+def test_an_untraced_neighbour_may_be_as_slow_as_the_noise_is_wide() -> None:
+    noisy = change(f"pipe/contenders/{slowdown.AGAIN}", slower(0.98, spread=0.03))
+    noisy["results"]["pipe"]["contenders"][tools.NEIGHBOUR.name] = slower(1.04)
+    assert missed(noisy) == []
+    noisy["results"]["pipe"]["contenders"][tools.NEIGHBOUR.name] = slower(1.07)
+    assert len(missed(noisy)) == 1
+
+
 def test_the_text_fits_a_terminal_and_says_everything() -> None:
     text = page.text(document())
     assert max(map(len, text.splitlines())) <= 80

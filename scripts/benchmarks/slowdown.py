@@ -141,12 +141,13 @@ def goals(result: dict[str, Any], *, name: str, limit: float | None) -> list[Goa
         )
     if NEIGHBOUR.name in found and AGAIN in found:
         ratio, noise = found[NEIGHBOUR.name]["wall_ratio"], found[AGAIN]["wall_ratio"]
+        width = max(noise["high"] - 1, 1 - noise["low"])
         made.append(
             Goal(
-                f"{name}: untraced neighbour",
-                f"{percents(noise['low'], noise['high'])} %",
-                percent(ratio["median"]),
-                ratio["low"] <= noise["high"] and noise["low"] <= ratio["high"],
+                f"{name}: untraced neighbour, interval from",
+                f"noise: {width * 100:.1f} %",
+                percent(ratio["low"]),
+                ratio["low"] - 1 <= width,
             )
         )
     return made
