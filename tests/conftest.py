@@ -24,6 +24,11 @@ OUR_PREFIX = "lat_"
 # The kernel frees programs and maps some time after the last descriptor is closed.
 FREED_WITHIN_S = 5.0
 
+# Tests that are about sudo say so themselves: else files would be made as who typed `sudo
+# scripts/test`, whom pytest's folders are closed to.
+for variable in ("SUDO_UID", "SUDO_GID", "SUDO_USER", "SUDO_COMMAND", "SUDO_HOME"):
+    os.environ.pop(variable, None)
+
 # In the environment of everything that the tests start.
 MARK = f"LATRACE_TESTS={os.getpid()}"
 os.environ.update([MARK.split("=")])
