@@ -125,5 +125,11 @@ def test_node_with_a_perf_map(tmp_path: Path) -> None:
         for stack, weight in profile.stacks
         if any("renderPage" in frame.name for frame in stack)
     )
-    # It computes nearly all of its time there, beside a hog: there it is preempted.
-    assert summed > 0.3 * sum(weight for _, weight in profile.stacks)
+    # It computes nearly all of its time there, beside a hog: there it is preempted. (On a host that
+    # switches threads a lot many a stack is of the kernel alone.)
+    whole = sum(
+        weight
+        for stack, weight in profile.stacks
+        if any(frame.kind in ("user", "jit") for frame in stack)
+    )
+    assert summed > 0.3 * whole
