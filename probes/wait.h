@@ -62,7 +62,8 @@ static inline int wait_queued(struct wait_state *s, u64 now)
 		return 0;
 	}
 	if (s->place == PLACE_WAITING) {
-		if (!s->queued_ns && now > s->start_ns)
+		/* A preempted thread never left its queue: this only sets its state. */
+		if (!s->queued_ns && now > s->start_ns && s->kind != WAIT_PREEMPTED)
 			s->queued_ns = now;
 		return 0;
 	}

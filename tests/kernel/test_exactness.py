@@ -30,11 +30,20 @@ def with_children(pid: int, **options: Any) -> Options:
 
 @pytest.mark.parametrize("pinned", [True, False], ids=["pinned", "unpinned"])
 def test_books_of_queued_messaging(tmp_path: Path, pinned: bool) -> None:
-    """Where threads queue, our sum over the waits that the kernel timed is the kernel's own."""
+    """Where threads queue, our sum over the waits that the kernel timed is the kernel's own.
+
+    The median of three: the kernel lets its run-queue clock stand still from a wake-up that
+    preempts until the switch (RQCF_REQ_SKIP). Where that takes milliseconds, as in a long system
+    call beside other load, its books of a single run are off by more than this.
+    """
     command = ["taskset", "-c", "1", *PIPES] if pinned else list(PIPES)
-    traced = trace(released(*command), tmp_path / "c", make_options=with_children)
-    check_invariants(traced)
-    assert_books(traced, within=0.005)
+    found = []
+    for number in range(3):
+        traced = trace(released(*command), tmp_path / str(number), make_options=with_children)
+        check_invariants(traced)
+        check_books(traced)
+        found.append(coverage(traced))
+    assert abs(sorted(found)[1] - 1) <= 0.005, found
 
 
 def test_books_of_queued_switches(tmp_path: Path) -> None:
@@ -46,13 +55,16 @@ def test_books_of_queued_switches(tmp_path: Path) -> None:
     command = ["taskset", "-c", "1", "stress-ng", "--switch", "32", "-t", "3", "-q"]
     traced = trace(released(*command), tmp_path / "c", make_options=with_children)
     check_invariants(traced)
-    assert_books(traced, within=0.005)
+    check_books(traced)
+    assert abs(coverage(traced) - 1) <= 0.005
 
 
-def assert_books(traced: Traced, *, within: float) -> None:
+def coverage(traced: Traced) -> float:
+    return traced.quality["traced_run_delay_ns"] / traced.quality["kernel_run_delay_ns"]
+
+
+def check_books(traced: Traced) -> None:
     quality = traced.quality
-    coverage = quality["traced_run_delay_ns"] / quality["kernel_run_delay_ns"]
-    assert abs(coverage - 1) <= within, quality
     assert quality["timed_waits"] > 1000
     looked_at = quality["timed_waits"] + quality["books_blind"]["count"]
     assert looked_at <= quality["kernel_pcount"] + quality["unbooked"]

@@ -125,6 +125,17 @@ def test_queued_later_than_woken(probes: ctypes.CDLL) -> None:
     assert probes.wakeup(real.state) == 220
 
 
+def test_a_preempted_thread_is_queued_all_along(probes: ctypes.CDLL) -> None:
+    """Preempted between setting its state to sleep and sleeping, then woken."""
+    real = Real(probes)
+    real.leave(100, True)
+    real.waking(150)
+    real.queued(151)
+    assert probes.wakeup(real.state) == 0
+    real.enter(200)
+    assert real.waits == [(100, 2, 0)]
+
+
 def test_a_waking_that_raced_with_the_switch_out(probes: ctypes.CDLL) -> None:
     real = Real(probes)
     real.waking(90)
