@@ -194,7 +194,8 @@ def flat(value: float) -> dict[str, Any]:
 def slower(ratio: float, *, spread: float = 0.01) -> dict[str, Any]:
     values = [ratio + spread * (place - 4.5) / 4.5 for place in range(10)]
     both = {"wall_ratio": estimate(values).as_dict(), "cpu_ratio": estimate(values).as_dict()}
-    return both | {"wall_ns": flat(ratio * 5000), "cpu_ns": flat(ratio * 5000)}
+    times = {"wall_ns": flat(ratio * 5000), "cpu_ns": flat(ratio * 5000)}
+    return both | times | {"values": [[ratio * 5000, ratio * 5000]] * 10}
 
 
 def drained(name: str, cpu_ns: float, *, per_s: int | None, ring: int, lost: float = 0) -> Any:
@@ -347,6 +348,8 @@ def test_a_quick_run_and_a_busy_machine_are_said_first() -> None:
     assert "busy" in first
     assert "**Quick run" in page.markdown(doubtful)
     assert "!!!" not in page.text(document())
+    pushed = change(f"pipe/contenders/{slowdown.BASELINE}/values", [[6000, 5000], [4000, 4000]])
+    assert page.text(pushed).startswith("!!! Other processes had 10% of the pinned pipe's CPU")
 
 
 def test_few_rounds_do_not_claim_95_percent() -> None:

@@ -6,13 +6,15 @@ from collections.abc import Iterator
 from textwrap import wrap
 from typing import Any
 
-from . import goals
+from . import goals, slowdown
 from .estimate import METHOD
 from .suite import BENCHMARKS
 from .tables import WIDTH, paragraph
 
 _FEW = "Quick run: it shows that the measuring works. Its figures prove nothing."
 _NAMES = 12
+_TAKEN = 0.02
+"""Above this share, other processes took the pinned load's CPU away from it."""
 _BUSY = 1.0
 """Above this load average, other processes are in the figures."""
 
@@ -53,6 +55,13 @@ def warnings(document: dict[str, Any]) -> list[str]:
             f"The machine was busy (load {document['load_average'][0]:.1f}) before it began:"
             " other processes are in the figures."
         )
+    if "pipe" in document["results"]:
+        share = slowdown.taken_by_others(document["results"]["pipe"])
+        if share > _TAKEN:
+            found.append(
+                f"Other processes had {share:.0%} of the pinned pipe's CPU while it was measured:"
+                " believe its CPU time more than its slowdown, and neither much."
+            )
     return found
 
 
@@ -77,7 +86,7 @@ def sections(document: dict[str, Any]) -> Iterator[tuple[str, list[str]]]:
 
 def text(document: dict[str, Any]) -> str:
     """For the terminal, at most 80 columns."""
-    lines = [f"!!! {line}" for warning in warnings(document) for line in paragraph(warning)]
+    lines = [line for warning in warnings(document) for line in paragraph(f"!!! {warning}")]
     for title, body in sections(document):
         lines += ["", title, "=" * len(title), *body]
     return "\n".join([*lines, "", *about(document)]) + "\n"

@@ -101,6 +101,16 @@ def _quality(capture: Path) -> Iterator[tuple[str, Any]]:
     yield "seconds", (manifest["end_ns"] - manifest["start_ns"]) / 1e9
 
 
+def taken_by_others(result: dict[str, Any]) -> float:
+    """The share of a pinned load's CPU that others had while it ran alone, 0 to 1.
+
+    It never sleeps, so what its threads did not use of the time was somebody else's.
+    """
+    runs: list[tuple[float, float]] = result["contenders"][BASELINE]["values"]
+    wall_ns, cpu_ns = sum(wall for wall, _ in runs), sum(cpu for _, cpu in runs)
+    return max(0.0, 1.0 - cpu_ns / wall_ns)
+
+
 def render(result: dict[str, Any]) -> list[str]:
     """The slowdown by tracer."""
     rows = [
