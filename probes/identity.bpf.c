@@ -15,12 +15,12 @@ static inline int comm_matches(struct control *o, u64 *comm)
 	return 0;
 }
 
-static inline void set_target(u64 task, u8 on)
+static inline void set_target(struct control *o, u64 task, u8 on)
 {
 	u64 tgid = LD32(task, OFF_TASK_TGID);
 	char *byte = target_byte(tgid);
 
-	if (byte && tgid != SELF_TGID)
+	if (byte && tgid != o->self_tgid)
 		*byte = (*byte & TARGET_THREAD) | on;
 }
 
@@ -35,7 +35,7 @@ int lat_fork(u64 *ctx)
 	if (LD32(parent, OFF_TASK_TGID) != LD32(child, OFF_TASK_TGID)) {
 		copy_comm((char *)comm, child);
 		if ((o->follow_forks && is_target(parent)) || comm_matches(o, comm))
-			set_target(child, TARGET_PROCESS);
+			set_target(o, child, TARGET_PROCESS);
 	}
 	s = target_state(child);
 	if (s)
@@ -49,7 +49,7 @@ static inline int named(u64 task, u8 event, u64 *comm)
 	struct thread_state *s;
 
 	if (o && LD32(task, OFF_TASK_PID) == LD32(task, OFF_TASK_TGID) && comm_matches(o, comm))
-		set_target(task, TARGET_PROCESS);
+		set_target(o, task, TARGET_PROCESS);
 	s = target_state(task);
 	if (s)
 		send_thread(task, s, event, comm);
@@ -91,7 +91,7 @@ int lat_cgroup_attach(u64 *ctx)
 
 		LOOP (i = 0; i < PATTERNS; i++) {
 			if (i < o->cgroups && id == o->cgroup[i].id) {
-				set_target(task, TARGET_PROCESS);
+				set_target(o, task, TARGET_PROCESS);
 				return 0;
 			}
 		}
@@ -100,7 +100,7 @@ int lat_cgroup_attach(u64 *ctx)
 			break;
 		group = LD64(parent, OFF_CSS_CGROUP);
 	}
-	set_target(task, 0);
+	set_target(o, task, 0);
 	return 0;
 }
 #endif

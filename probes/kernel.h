@@ -59,16 +59,19 @@ BYTES_OF(hist);
 BYTES_OF(scratch);
 BYTES_OF(thread_state);
 
+/* Sized when the maps are made (tracer/loader.py). */
+#define SIZED_LATER 1
+
 #define MMAPABLE (1 << 10)
 BPF_F_TABLE("array", u32, struct targets, lat_targets, TARGET_PARTS, MMAPABLE);
 BPF_F_TABLE("array", u32, struct control_bytes, lat_control, 1, MMAPABLE);
 BPF_F_TABLE("array", u32, struct cpu_state_bytes, lat_cpus, NCPU, MMAPABLE);
-BPF_F_TABLE("array", u32, struct hist_bytes, lat_hist, NCPU * NSLOT, MMAPABLE);
+BPF_F_TABLE("array", u32, struct hist_bytes, lat_hist, SIZED_LATER, MMAPABLE);
 BPF_TABLE("array", u32, struct scratch_bytes, lat_scratch, 3 * NCPU);
-BPF_TABLE("hash", u32, u32, lat_slots, NSLOT);
-BPF_QUEUE(lat_free, u32, NSLOT);
+BPF_TABLE("hash", u32, u32, lat_slots, SIZED_LATER);
+BPF_QUEUE(lat_free, u32, SIZED_LATER);
 BPF_TASK_STORAGE(lat_tasks, struct thread_state_bytes);
-BPF_RINGBUF_OUTPUT(lat_ring, RING_PAGES);
+BPF_RINGBUF_OUTPUT(lat_ring, SIZED_LATER);
 
 static inline char *target_byte(u64 id)
 {
@@ -112,7 +115,7 @@ static inline void copy_comm(char *to, u64 task)
 	*(u64 *)(to + 8) = LD64(task, OFF_TASK_COMM + 8);
 }
 
-/* The number its wait histogram has. The first NSLOT - 1 processes get one each; all later ones
+/* The number its wait histogram has. The first processes get one each; all later ones
  * share slot 0, so the sum over slots is exact in any case. */
 static inline u32 slot_of(u32 tgid)
 {

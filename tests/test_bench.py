@@ -248,7 +248,10 @@ def document() -> dict[str, Any]:
                 "runs": [
                     drained(name, ns, per_s=reader.GOAL_RATE, ring=ring)
                     for name, ns in (
-                        ("decode", 50), ("capture", 400), ("callback", 700), ("decoded", 1500)
+                        ("decode", 50),
+                        ("capture", 400),
+                        ("callback", 700),
+                        ("decoded", 1500),
                     )
                 ],
             },

@@ -1,4 +1,4 @@
-"""The few calls of bpf(2) that bcc lacks: typed tracepoints, task iterators, run statistics.
+"""The calls of bpf(2) that latrace needs: maps, typed tracepoints, task iterators, statistics.
 
 Layouts are `union bpf_attr` of include/uapi/linux/bpf.h. Every object is a file descriptor, none is
 pinned: when this process ends, however it ends, the kernel frees them all.
@@ -10,12 +10,18 @@ import ctypes
 import os
 import platform
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
+
+from .compiled import Map
 
 _NR_BPF = {"x86_64": 321, "aarch64": 280, "riscv64": 280, "s390x": 351, "ppc64le": 361}
-_PROG_LOAD, _OBJ_GET_INFO, _RAW_TRACEPOINT_OPEN = 5, 15, 17
+_MAP_CREATE, _MAP_LOOKUP, _MAP_UPDATE, _MAP_NEXT_KEY = 0, 1, 2, 4
+_PROG_LOAD, _OBJ_GET_INFO, _RAW_TRACEPOINT_OPEN, _BTF_LOAD = 5, 15, 17, 18
 _LINK_CREATE, _ENABLE_STATS, _ITER_CREATE = 28, 32, 33
 _TYPE_TRACING = 26
+_MAP_TASK_STORAGE = 29
 _ATTACH_RAW_TRACEPOINT, _ATTACH_ITER = 23, 28
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -28,6 +34,88 @@ def _bpf(command: int, attributes: bytearray) -> int:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number))
     return result
+
+
+def shape_of(name: str, fd: int) -> Map:
+    """What a map was made as."""
+    kind, _, key_bytes, value_bytes, entries, flags = struct.unpack_from("<6I", _info(fd, 88))
+    return Map(name, kind, key_bytes, value_bytes, entries, flags)
+
+
+def create_map(shape: Map) -> int:
+    """Make a map; returns its file descriptor. Raises OSError."""
+    attributes = bytearray(72)
+    struct.pack_into(
+        "<5I8x16s",
+        attributes,
+        0,
+        shape.kind,
+        shape.key_bytes,
+        shape.value_bytes,
+        shape.entries,
+        shape.flags,
+        shape.name.encode()[:15],
+    )
+    if shape.kind != _MAP_TASK_STORAGE:
+        return _bpf(_MAP_CREATE, attributes)
+    blob = _key_and_value_types(shape.value_bytes)
+    buffer = ctypes.create_string_buffer(blob, len(blob))
+    types = _bpf(
+        _BTF_LOAD, bytearray(struct.pack("<QQIII4x", ctypes.addressof(buffer), 0, len(blob), 0, 0))
+    )
+    try:
+        struct.pack_into("<3I", attributes, 48, types, 1, 2)
+        return _bpf(_MAP_CREATE, attributes)
+    finally:
+        os.close(types)
+
+
+def _key_and_value_types(value_bytes: int) -> bytes:
+    """BTF of what task storage asks for (Documentation/bpf/btf.rst): type 1, the key, an int;
+    type 2, the value, a struct of so many bytes."""
+    strings = b"\0int\0value\0"
+    types = struct.pack("<4I", 1, 1 << 24, 4, 1 << 24 | 32) + struct.pack(
+        "<3I", 5, 4 << 24, value_bytes
+    )
+    return (
+        struct.pack("<HBBIIIII", 0xEB9F, 1, 0, 24, 0, len(types), len(types), len(strings))
+        + types
+        + strings
+    )
+
+
+def map_update(fd: int, key: bytes | None, value: bytes) -> None:
+    """Set an element, or push one onto a queue (`key` None)."""
+    key_buffer = ctypes.create_string_buffer(key, len(key)) if key is not None else None
+    value_buffer = ctypes.create_string_buffer(value, len(value))
+    _element(_MAP_UPDATE, fd, key_buffer, value_buffer)
+
+
+def map_lookup(fd: int, key: bytes, *, value_bytes: int) -> bytes | None:
+    """The value of a key, None when there is none."""
+    value = ctypes.create_string_buffer(value_bytes)
+    try:
+        _element(_MAP_LOOKUP, fd, ctypes.create_string_buffer(key, len(key)), value)
+    except FileNotFoundError:
+        return None
+    return value.raw
+
+
+def map_keys(fd: int, *, key_bytes: int) -> Iterator[bytes]:
+    """The keys of a hash map."""
+    key, following = None, ctypes.create_string_buffer(key_bytes)
+    while True:
+        try:
+            _element(_MAP_NEXT_KEY, fd, key, following)
+        except FileNotFoundError:
+            return
+        yield following.raw
+        key = ctypes.create_string_buffer(following.raw, key_bytes)
+
+
+def _element(command: int, fd: int, key: Any, value: Any) -> None:
+    addresses = (ctypes.addressof(each) if each is not None else 0 for each in (key, value))
+    _bpf(command, bytearray(struct.pack("<I4xQQQ", fd, *addresses, 0)))
 
 
 class VerifierError(OSError):
@@ -113,11 +201,13 @@ class ProgramStatistics:
 
 def program_statistics(program: int) -> ProgramStatistics:
     """Run time and run count (while statistics are on) and runs skipped for recursion (always)."""
-    info = bytearray(232)
-    buffer = (ctypes.c_char * len(info)).from_buffer(info)
-    _bpf(
-        _OBJ_GET_INFO,
-        bytearray(struct.pack("<IIQ", program, len(info), ctypes.addressof(buffer))),
-    )
-    run_ns, runs, misses = struct.unpack_from("<QQQ", info, 192)
+    run_ns, runs, misses = struct.unpack_from("<QQQ", _info(program, 232), 192)
     return ProgramStatistics(run_ns, runs, misses)
+
+
+def _info(fd: int, size: int) -> bytearray:
+    """The first `size` bytes of struct bpf_prog_info or bpf_map_info."""
+    info = bytearray(size)
+    buffer = (ctypes.c_char * size).from_buffer(info)
+    _bpf(_OBJ_GET_INFO, bytearray(struct.pack("<IIQ", fd, size, ctypes.addressof(buffer))))
+    return info

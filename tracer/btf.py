@@ -23,25 +23,29 @@ _FIXED = {1: 1, 3: 3, 14: 1, 17: 1}
 _PER_MEMBER = {4: 3, 5: 3, 6: 2, 13: 2, 15: 3, 19: 3}
 
 
-class Btf:
-    """The kernel's type information.
+def read_btf(path: Path = VMLINUX) -> bytes:
+    """The kernel's type information, raw.
 
     Raises HostError when the kernel has none (CONFIG_DEBUG_INFO_BTF) or it cannot be read.
     """
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise HostError(
+            f"the kernel's type information cannot be read: {path}: {error.strerror}",
+            hint="the kernel must be built with CONFIG_DEBUG_INFO_BTF=y; see: latrace doctor",
+        ) from error
 
-    def __init__(self, path: Path = VMLINUX) -> None:
-        try:
-            raw = path.read_bytes()
-        except OSError as error:
-            raise HostError(
-                f"the kernel's type information cannot be read: {path}: {error.strerror}",
-                hint="the kernel must be built with CONFIG_DEBUG_INFO_BTF=y; see: latrace doctor",
-            ) from error
+
+class Btf:
+    """The kernel's type information, decoded. Raises HostError when it is not BTF."""
+
+    def __init__(self, raw: bytes) -> None:
         magic, _, _, header, type_off, type_len, str_off, str_len = struct.unpack_from(
             "<HBBIIIII", raw
         )
         if magic != 0xEB9F:
-            raise HostError(f"{path} is not little-endian BTF", hint="see: latrace doctor")
+            raise HostError(f"{VMLINUX} is not little-endian BTF", hint="see: latrace doctor")
         self._strings = raw[header + str_off : header + str_off + str_len]
         words = array("I", raw[header + type_off : header + type_off + type_len])
         self._words = words

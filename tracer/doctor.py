@@ -327,11 +327,11 @@ def check_bpf(host: Host) -> Check:
     if not host.may_trace():
         return _skipped(name, meaning, "needs root")
     from latrace.tracer import bpf  # noqa: PLC0415 - only here
-    from latrace.tracer.btf import Btf  # noqa: PLC0415
+    from latrace.tracer.btf import Btf, read_btf  # noqa: PLC0415
 
     return_zero = struct.pack("<QQ", 0xB7, 0x95)  # r0 = 0; exit
     try:
-        type_id = Btf().tracepoint(_TYPED_TRACEPOINT)
+        type_id = Btf(read_btf()).tracepoint(_TYPED_TRACEPOINT)
         if type_id is None:
             return Check(
                 name=name,

@@ -1,9 +1,8 @@
-"""Compile the probes with bcc, load them through bpf(2), attach them as BTF-typed tracepoints.
+"""Load the probes through bpf(2) and attach them as BTF-typed tracepoints.
 
-bcc compiles and owns the maps; the programs themselves are loaded here, because bcc cannot load
-typed tracepoints, which cost half of its raw ones and give task storage for the wakee. Kernel
-headers are not needed: bcc is pointed at the few that ship with the probes, and every structure
-offset comes from the running kernel's BTF as a -D constant.
+bcc compiles; maps and programs are made here, because bcc cannot load typed tracepoints, which
+cost half of its raw ones and give task storage for the wakee, and because what is compiled once
+is kept: a second run needs neither the compiler nor the kernel's type information.
 """
 
 from __future__ import annotations
@@ -11,105 +10,16 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
-import re
+import struct
 import threading
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, field, replace
 
-import latrace.probes
-
-from . import bpf
-from .btf import Btf
+from . import bpf, cache
+from .btf import Btf, read_btf
+from .compile import ITERATORS, compile_probes, pid_max, possible_cpus, sources
+from .compiled import Compiled, Map, Program, with_maps
 from .errors import HostError
 from .options import Options
-
-PROBES = Path(latrace.probes.__path__[0])
-
-# In the order they are joined: bcc rewrites map accesses in the main file only.
-SOURCES = (
-    "latrace.h",
-    "wait.h",
-    "sample.h",
-    "kernel.h",
-    "books.h",
-    "stack.h",
-    "wait.bpf.c",
-    "identity.bpf.c",
-    "tasks.bpf.c",
-)
-
-# Constants of the probes ← fields of the running kernel. All must exist.
-_OFFSETS = {
-    "OFF_TASK_PID": ("task_struct", "pid"),
-    "OFF_TASK_TGID": ("task_struct", "tgid"),
-    "OFF_TASK_COMM": ("task_struct", "comm"),
-    "OFF_TASK_REAL_PARENT": ("task_struct", "real_parent"),
-    "OFF_TASK_START_TIME": ("task_struct", "start_time"),
-    "OFF_TASK_STACK": ("task_struct", "stack"),
-    "OFF_TASK_FLAGS": ("task_struct", "flags"),
-    "OFF_TASK_ON_CPU": ("task_struct", "on_cpu"),
-    "OFF_TASK_ON_RQ": ("task_struct", "on_rq"),
-    "OFF_RUN_DELAY": ("task_struct", "sched_info.run_delay"),
-    "OFF_PCOUNT": ("task_struct", "sched_info.pcount"),
-    "OFF_LAST_QUEUED": ("task_struct", "sched_info.last_queued"),
-    "OFF_SE_CFS_RQ": ("task_struct", "se.cfs_rq"),
-    "OFF_CFS_RQ_RQ": ("cfs_rq", "rq"),
-    "OFF_RQ_CLOCK": ("rq", "clock"),
-    "OFF_CGROUP_KN": ("cgroup", "kn"),
-    "OFF_CGROUP_ROOT": ("cgroup", "root"),
-    "OFF_CGROUP_PARENT": ("cgroup", "self.parent"),
-    "OFF_CSS_CGROUP": ("cgroup_subsys_state", "cgroup"),
-    "OFF_KN_ID": ("kernfs_node", "id"),
-    "OFF_ROOT_HIERARCHY": ("cgroup_root", "hierarchy_id"),
-}
-# Present on some kernels or machines only; the probes do without.
-_OPTIONAL_OFFSETS = {
-    "OFF_TASK_STATE": ("task_struct", "__state"),  # `state` before 2f064a59a11f (5.14)
-    "OFF_TASK_PREEMPT_COUNT": ("task_struct", "thread_info.preempt_count"),  # arm64
-    "OFF_REGS_SYSCALL": ("pt_regs", "orig_ax"),  # x86, as the next two
-    "OFF_REGS_IP": ("pt_regs", "ip"),
-    "OFF_REGS_FP": ("pt_regs", "bp"),
-}
-
-_TRACEPOINTS = {
-    "lat_waking": "sched_waking",
-    "lat_wakeup": "sched_wakeup",
-    "lat_wakeup_new": "sched_wakeup_new",
-    "lat_switch": "sched_switch",
-    "lat_migrate": "sched_migrate_task",
-    "lat_fork": "sched_process_fork",
-    "lat_exec": "sched_process_exec",
-    "lat_rename": "task_rename",
-}
-_ITERATORS = ("lat_iter_seed", "lat_iter_end")
-
-
-def kernel_constants(btf: Btf) -> dict[str, int]:
-    """The -D constants that describe the running kernel.
-
-    Raises HostError naming the field when the kernel lacks one that the probes need.
-    """
-    constants: dict[str, int] = {}
-    for name, (struct, field_name) in _OFFSETS.items():
-        offset = btf.offset(struct, field_name)
-        if offset is None:
-            raise HostError(
-                f"this kernel has no {struct}.{field_name}",
-                hint="it was built without a scheduler option; see: latrace doctor",
-            )
-        constants[name] = offset
-    for name, (struct, field_name) in _OPTIONAL_OFFSETS.items():
-        if (offset := btf.offset(struct, field_name)) is not None:
-            constants[name] = offset
-    # fa2c3254d7cf (5.18) added prev_state, the state as the scheduler judged it.
-    if btf.tracepoint_arguments("sched_switch") >= 4:
-        constants["HAVE_PREV_STATE"] = 1
-    count, queue = btf.per_cpu_offset("__preempt_count"), btf.per_cpu_offset("runqueues")
-    if count is not None and queue is not None:
-        constants["PREEMPT_COUNT_FROM_RQ"] = count - queue
-    return constants
-
 
 # One for each process, as far as these bytes go; the processes beyond share one.
 _HISTOGRAMS, _HISTOGRAM_BYTES, _HISTOGRAMS_BYTES = 63, 30_272, 64 << 20
@@ -142,64 +52,33 @@ def build_for(options: Options) -> Build:
     )
 
 
-def pid_max() -> int:
-    """One more than the largest process id of this kernel."""
-    return int(Path("/proc/sys/kernel/pid_max").read_text())
-
-
-def possible_cpus() -> int:
-    """How many CPUs the kernel may ever number."""
-    text = Path("/sys/devices/system/cpu/possible").read_text().strip()
-    return int(re.split(r"[-,]", text)[-1]) + 1
-
-
-def import_bcc() -> Any:
-    """bcc's BPF class.
-
-    Raises HostError when bcc is missing, or is the unrelated package of the same name.
-    """
-    os.environ["BCC_KERNEL_SOURCE"] = str(PROBES)  # read when it compiles
-    hint = "apt-get install python3-bpfcc (never `pip install bcc`: another project)"
-    try:
-        import bcc  # noqa: PLC0415 - it reads the variable, and may be missing
-    except ImportError as error:
-        raise HostError(
-            f"bcc, which compiles the probes, is not installed ({error})", hint=hint
-        ) from error
-    if not hasattr(bcc, "BPF"):
-        raise HostError(
-            f"the `bcc` at {bcc.__file__} is not the BPF Compiler Collection", hint=hint
-        )
-    return bcc.BPF
-
-
 @dataclass(slots=True)
 class Probes:
     """The loaded programs and their maps. `attach()` starts them, `close()` frees everything."""
 
-    module: Any
     build: Build
+    maps: dict[str, int] = field(default_factory=dict)
     programs: dict[str, int] = field(default_factory=dict)
     links: dict[str, int] = field(default_factory=dict)
 
-    def map_fd(self, name: str) -> int:
-        """File descriptor of one of the probes' maps."""
-        fd: int = self.module[name.encode()].map_fd
-        return fd
-
     def table(self, name: str) -> list[tuple[int, int]]:
-        """A small map of integers, as pairs of key and value."""
-        return [(key.value, value.value) for key, value in self.module[name.encode()].items()]
+        """A small hash map of u32 to u32, as pairs of key and value."""
+        fd = self.maps[name]
+        return [
+            (int.from_bytes(key, "little"), int.from_bytes(value, "little"))
+            for key in bpf.map_keys(fd, key_bytes=4)
+            if (value := bpf.map_lookup(fd, key, value_bytes=4)) is not None
+        ]
 
     def map_memory(self, name: str, size: int) -> mmap.mmap:
         """An array map as shared memory; `size` in bytes is rounded up to whole pages."""
         page = mmap.PAGESIZE
-        return mmap.mmap(self.map_fd(name), -(-size // page) * page)
+        return mmap.mmap(self.maps[name], -(-size // page) * page)
 
     def attach(self) -> None:
         """Attach every tracepoint program."""
         for name in self.programs:
-            if name not in _ITERATORS:
+            if name not in ITERATORS:
                 self.switch(name, on=True)
 
     def switch(self, name: str, *, on: bool) -> None:
@@ -217,57 +96,82 @@ class Probes:
     def close(self) -> None:
         """Free programs and maps. Safe to call twice."""
         self.detach()
-        for program in self.programs.values():
-            os.close(program)
-        self.programs.clear()
-        self.module.cleanup()
+        for fds in (self.programs, self.maps):
+            while fds:
+                os.close(fds.popitem()[1])
 
 
-def load(btf: Btf, build: Build) -> Probes:
-    """Compile and load the probes, without attaching them.
+def load(build: Build) -> Probes:
+    """Compile the probes, or take them from the cache, and load them without attaching them.
 
     Raises HostError when this host cannot: with the cause and what to do.
     """
-    # Added by 0bf1af1b8e0d (6.17).
-    user_stacks = build.stacks and build.user_stacks and btf.tracepoint("sched_exit_tp") is not None
-    constants = kernel_constants(btf) | {
-        "USER_STACKS": int(user_stacks),
+    switches = {
+        "USER_STACKS": int(build.stacks and build.user_stacks),
         "PID_MAX": pid_max(),
         "NCPU": possible_cpus(),
-        "NSLOT": build.histograms,
-        "RING_PAGES": build.ring_bytes // mmap.PAGESIZE,
         "SINGLE_THREADS": int(build.single_threads),
         "CGROUPS": int(build.cgroups),
-        "SELF_TGID": os.getpid(),
     }
-    BPF = import_bcc()
-    text = "".join(f'#line 1 "{name}"\n{(PROBES / name).read_text()}' for name in SOURCES)
-    flags = [f"-D{name}={value}" for name, value in constants.items()]
+    btf = read_btf()
+    key = cache.key_of([sources().encode(), repr(switches).encode(), btf])
+    if compiled := cache.find(key):
+        try:
+            return _load(compiled, build)
+        except HostError:
+            cache.forget(key)  # made by another compiler, say; what follows tells whose fault it is
+    compiled = compile_probes(Btf(btf), switches)
+    probes = _load(compiled, build)
+    cache.keep(key, compiled)
+    return probes
+
+
+def _load(compiled: Compiled, build: Build) -> Probes:
+    probes = Probes(build)
+    entries = {
+        "lat_hist": possible_cpus() * build.histograms,
+        "lat_slots": build.histograms,
+        "lat_free": build.histograms,
+        "lat_ring": build.ring_bytes,
+    }
     try:
-        module = BPF(text=text.encode(), cflags=[*flags, f"-I{PROBES}", "-Wno-unused-function"])
-    except Exception as error:
-        raise HostError(
-            f"bcc could not compile the probes or make their maps: {error}",
-            hint="bcc printed the reason above; see: latrace doctor",
-        ) from error
-    probes = Probes(module, build)
-    free = module[b"lat_free"]
-    for number in range(1, build.histograms):
-        free.push(free.Leaf(number))
-    try:
-        wanted = dict(_TRACEPOINTS)
-        if build.cgroups:
-            wanted["lat_cgroup_attach"] = "cgroup_attach_task"
-        if user_stacks:
-            wanted["lat_sched_exit"] = "sched_exit_tp"
-        for name, tracepoint in wanted.items():
-            _load_one(probes, name, btf.tracepoint(tracepoint), iterator=False)
-        for name in _ITERATORS:
-            _load_one(probes, name, btf.function("bpf_iter_task"), iterator=True)
+        for each in compiled.maps:
+            sized = replace(each, entries=entries.get(each.name, each.entries))
+            probes.maps[each.name] = _create(sized)
+        for number in range(1, build.histograms):
+            bpf.map_update(probes.maps["lat_free"], None, struct.pack("<I", number))
+        fds = list(probes.maps.values())
+        for program in compiled.programs:
+            probes.programs[program.name] = _load_program(program, fds)
     except BaseException:
         probes.close()
         raise
     return probes
+
+
+def _create(each: Map) -> int:
+    try:
+        return bpf.create_map(each)
+    except OSError as error:
+        raise HostError(
+            f"the kernel made no BPF map {each.name} of {each.entries:,} entries: {error.strerror}",
+            hint="a smaller --ring-size needs less memory; see: latrace doctor",
+        ) from error
+
+
+def _load_program(program: Program, fds: list[int]) -> int:
+    try:
+        return bpf.load_program(
+            program.name,
+            with_maps(program.instructions, fds),
+            attach_type_id=program.attach_type_id,
+            iterator=program.iterator,
+        )
+    except bpf.VerifierError as error:
+        raise HostError(
+            f"the kernel refused the program {program.name}: {error.strerror}\n{error.log[-1500:]}",
+            hint="see: latrace doctor; with this text it is worth a bug report",
+        ) from error
 
 
 def _give_back_memory() -> None:
@@ -288,7 +192,7 @@ class Loading:
 
     def _run(self) -> None:
         try:
-            self._probes: Probes = load(Btf(), build_for(self._options))
+            self._probes: Probes = load(build_for(self._options))
             _give_back_memory()
         except BaseException as error:  # told by `result`
             self._error = error
@@ -299,20 +203,3 @@ class Loading:
         if self._error is not None:
             raise self._error
         return self._probes
-
-
-def _load_one(probes: Probes, name: str, type_id: int | None, *, iterator: bool) -> None:
-    if type_id is None:
-        raise HostError(
-            f"this kernel lacks the tracepoint or iterator that {name} attaches to",
-            hint="latrace needs Linux 5.11 or newer with CONFIG_BPF_EVENTS; see: latrace doctor",
-        )
-    try:
-        probes.programs[name] = bpf.load_program(
-            name, probes.module.dump_func(name.encode()), attach_type_id=type_id, iterator=iterator
-        )
-    except bpf.VerifierError as error:
-        raise HostError(
-            f"the kernel refused the program {name}: {error.strerror}\n{error.log[-1500:]}",
-            hint="see: latrace doctor; with this text it is worth a bug report",
-        ) from error

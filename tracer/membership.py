@@ -35,10 +35,13 @@ def members(options: Options) -> set[int]:
 
 
 def write_rules(control: npt.NDArray[np.void], options: Options) -> None:
-    """Tell the kernel side which processes to add by itself: an array of one CONTROL, changed.
+    """Tell the kernel side which processes to add by itself, never this one.
+
+    `control`: an array of one CONTROL, changed.
 
     Forks are followed for `children`, and in a cgroup, which a child is born into.
     """
+    control["self_tgid"] = os.getpid()
     control["follow_forks"] = options.children or bool(options.cgroups)
     for index, comm in enumerate(options.comms[:PATTERNS]):
         # An exact name is compared up to and including its NUL, a prefix without one.

@@ -173,7 +173,7 @@ CONTROL = np.dtype(
         ("follow_forks", "<u4"),
         ("comms", "<u4"),
         ("cgroups", "<u4"),
-        ("pad", "<u4"),
+        ("self_tgid", "<u4"),
         ("comm", [("value", "<u8", 2), ("mask", "<u8", 2)], PATTERNS),
         ("cgroup", [("id", "<u8"), ("hierarchy", "<u8")], PATTERNS),
     ]

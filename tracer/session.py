@@ -113,7 +113,7 @@ class Tracer:
         self._probes = self._loading.result()
         undo.callback(self._probes.close)
         self._shared = Shared(self._probes)
-        self._ring = Ring(self._probes.map_fd("lat_ring"), options.ring_bytes)
+        self._ring = Ring(self._probes.maps["lat_ring"], options.ring_bytes)
         undo.callback(self._alive.close)
         self._budget = Budget(self._shared, options, self._probes)
         self._budget.start()

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .loader import Probes, pid_max, possible_cpus
+from .compile import pid_max, possible_cpus
+from .loader import Probes
 from .records import CONTROL, CPU_STATE, HIST
 
 TARGET_PROCESS, TARGET_THREAD = 1, 2

@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from latrace.tracer import loader
+from latrace.tracer import compile as compiler
 from latrace.tracer.outputs import create_output_dir
 from latrace.tracer.records import STACK, WAIT, Record
 from latrace.tracer.ring import Ring
@@ -66,12 +66,12 @@ class Program:
             "RING_PAGES": ring_bytes // mmap.PAGESIZE,
             "SUBMIT_FLAGS": submit_flags,
         }
-        BPF = loader.import_bcc()
+        BPF = compiler.import_bcc().BPF
         module = BPF(
             text=_SOURCE.read_bytes(),
             cflags=[
                 *(f"-D{name}={value}" for name, value in constants.items()),
-                f"-I{loader.PROBES}",
+                f"-I{compiler.PROBES}",
                 "-Wno-unused-function",
             ],
         )

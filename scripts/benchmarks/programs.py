@@ -15,8 +15,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from latrace.tracer import bpf, loader
-from latrace.tracer.btf import Btf
+from latrace.tracer import bpf
+from latrace.tracer import compile as compiler
+from latrace.tracer.btf import Btf, read_btf
 
 from . import loads
 from .children import BYSTANDER, Cost, Load, held, tool
@@ -82,10 +83,10 @@ class Empty:
     """A program that does nothing, for sched_switch."""
 
     def __init__(self) -> None:
-        module = loader.import_bcc()(
-            text=_SOURCE.encode(), cflags=[f"-I{loader.PROBES}", "-Wno-unused-function"]
+        module = compiler.import_bcc().BPF(
+            text=_SOURCE.encode(), cflags=[f"-I{compiler.PROBES}", "-Wno-unused-function"]
         )
-        type_id = Btf().tracepoint("sched_switch")
+        type_id = Btf(read_btf()).tracepoint("sched_switch")
         if type_id is None:
             raise BenchError("this kernel has no sched_switch tracepoint in its BTF")
         self.program = bpf.load_program(

@@ -12,6 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from latrace.tracer import cache
+
 from . import loads
 from .children import ENVIRONMENT, held
 from .context import Context
@@ -32,6 +34,7 @@ def run(context: Context) -> dict[str, Any]:
     waits = QUICK_WAITS if context.quick else WAITS
     results = context.interleave(
         {
+            "compile": partial(_first_start, context),
             "start": partial(_start, context),
             "end": partial(_end, context, waits),
         }
@@ -44,6 +47,13 @@ def run(context: Context) -> dict[str, Any]:
             for name, runs in results.items()
         },
     }
+
+
+def _first_start(context: Context) -> dict[str, float]:
+    """The same where nothing compiled is kept: the first start on a host, or on a new kernel."""
+    for kept in cache.DIRECTORY.glob("probes-*"):
+        kept.unlink()
+    return _start(context)
 
 
 def _start(context: Context) -> dict[str, float]:
@@ -135,6 +145,8 @@ def _wait(process: subprocess.Popen[bytes]) -> Any:
 
 
 _WORDS = {
+    ("compile", "first_event_s"): "the very first start, to the first event",
+    ("compile", "rss_bytes"): "  its peak memory",
     ("start", "attached_s"): "command to attached",
     ("start", "first_event_s"): "command to the first event",
     ("start", "ended_s"): "end of -d 1s to the prompt, default mode",

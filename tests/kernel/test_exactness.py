@@ -49,14 +49,17 @@ def test_books_of_queued_messaging(tmp_path: Path, pinned: bool) -> None:
 def test_books_of_queued_switches(tmp_path: Path) -> None:
     """Many pairs of switching processes on one CPU.
 
-    Not as near as messaging: 0.7 to 1.4 % above the books was seen, some microseconds a wait, more
-    than the kernel's clock step explains. Held to 2 % until the rest is found.
+    About 0.1 % above the books: the scheduler reads its clock some 0.4 us before the tracepoint
+    of the switch. The median of three, as a busy neighbour can come between those two.
     """
-    command = ["taskset", "-c", "1", "stress-ng", "--switch", "256", "-t", "3", "-q"]
-    traced = trace(released(*command), tmp_path / "c", make_options=with_children)
-    check_invariants(traced)
-    check_books(traced)
-    assert abs(coverage(traced) - 1) <= 0.02
+    found = []
+    for number in range(3):
+        command = ["taskset", "-c", "1", "stress-ng", "--switch", "256", "-t", "3", "-q"]
+        traced = trace(released(*command), tmp_path / str(number), make_options=with_children)
+        check_invariants(traced)
+        check_books(traced)
+        found.append(coverage(traced))
+    assert abs(sorted(found)[1] - 1) <= 0.005, found
 
 
 def coverage(traced: Traced) -> float:

@@ -11,7 +11,6 @@ import pytest
 
 import latrace
 from latrace.tracer import loader
-from latrace.tracer.btf import Btf
 from latrace.tracer.options import Options
 from latrace.tracer.outputs import create_output_dir
 from latrace.tracer.session import Tracer
@@ -24,7 +23,7 @@ class WithoutExitTracepoint(loader.Loading):
 
     def _run(self) -> None:
         build = replace(loader.build_for(self._options), user_stacks=False)
-        self._probes = loader.load(Btf(), build)
+        self._probes = loader.load(build)
 
 
 def test_kernel_stacks_where_user_stacks_cannot_be_had(waits: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from host_build import PROBES, compile_c
 
 from latrace.analysis import histogram
 from latrace.tracer import records
-from latrace.tracer.loader import SOURCES
+from latrace.tracer.compile import SOURCES
 
 CONSTANTS = {
     "CELL_BYTES": records.CELL_BYTES,

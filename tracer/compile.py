@@ -1,0 +1,206 @@
+"""Compile the probes with bcc: from C, and the running kernel's own type information.
+
+Kernel headers are not needed: bcc is pointed at the few that ship with the probes, and every
+structure offset comes from the kernel's BTF as a -D constant.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import latrace.probes
+
+from . import bpf
+from .btf import Btf
+from .compiled import Compiled, Program, with_maps
+from .errors import HostError
+
+PROBES = Path(latrace.probes.__path__[0])
+
+# In the order they are joined: bcc rewrites map accesses in the main file only.
+SOURCES = (
+    "latrace.h",
+    "wait.h",
+    "sample.h",
+    "kernel.h",
+    "books.h",
+    "stack.h",
+    "wait.bpf.c",
+    "identity.bpf.c",
+    "tasks.bpf.c",
+)
+
+# Constants of the probes ← fields of the running kernel. All must exist.
+_OFFSETS = {
+    "OFF_TASK_PID": ("task_struct", "pid"),
+    "OFF_TASK_TGID": ("task_struct", "tgid"),
+    "OFF_TASK_COMM": ("task_struct", "comm"),
+    "OFF_TASK_REAL_PARENT": ("task_struct", "real_parent"),
+    "OFF_TASK_START_TIME": ("task_struct", "start_time"),
+    "OFF_TASK_STACK": ("task_struct", "stack"),
+    "OFF_TASK_FLAGS": ("task_struct", "flags"),
+    "OFF_TASK_ON_CPU": ("task_struct", "on_cpu"),
+    "OFF_TASK_ON_RQ": ("task_struct", "on_rq"),
+    "OFF_RUN_DELAY": ("task_struct", "sched_info.run_delay"),
+    "OFF_PCOUNT": ("task_struct", "sched_info.pcount"),
+    "OFF_LAST_QUEUED": ("task_struct", "sched_info.last_queued"),
+    "OFF_SE_CFS_RQ": ("task_struct", "se.cfs_rq"),
+    "OFF_CFS_RQ_RQ": ("cfs_rq", "rq"),
+    "OFF_RQ_CLOCK": ("rq", "clock"),
+    "OFF_CGROUP_KN": ("cgroup", "kn"),
+    "OFF_CGROUP_ROOT": ("cgroup", "root"),
+    "OFF_CGROUP_PARENT": ("cgroup", "self.parent"),
+    "OFF_CSS_CGROUP": ("cgroup_subsys_state", "cgroup"),
+    "OFF_KN_ID": ("kernfs_node", "id"),
+    "OFF_ROOT_HIERARCHY": ("cgroup_root", "hierarchy_id"),
+}
+# Present on some kernels or machines only; the probes do without.
+_OPTIONAL_OFFSETS = {
+    "OFF_TASK_STATE": ("task_struct", "__state"),  # `state` before 2f064a59a11f (5.14)
+    "OFF_TASK_PREEMPT_COUNT": ("task_struct", "thread_info.preempt_count"),  # arm64
+    "OFF_REGS_SYSCALL": ("pt_regs", "orig_ax"),  # x86, as the next two
+    "OFF_REGS_IP": ("pt_regs", "ip"),
+    "OFF_REGS_FP": ("pt_regs", "bp"),
+}
+
+_TRACEPOINTS = {
+    "lat_waking": "sched_waking",
+    "lat_wakeup": "sched_wakeup",
+    "lat_wakeup_new": "sched_wakeup_new",
+    "lat_switch": "sched_switch",
+    "lat_migrate": "sched_migrate_task",
+    "lat_fork": "sched_process_fork",
+    "lat_exec": "sched_process_exec",
+    "lat_rename": "task_rename",
+}
+ITERATORS = ("lat_iter_seed", "lat_iter_end")
+MAPS = (
+    "lat_targets",
+    "lat_control",
+    "lat_cpus",
+    "lat_hist",
+    "lat_scratch",
+    "lat_slots",
+    "lat_free",
+    "lat_tasks",
+    "lat_ring",
+)
+
+
+def kernel_constants(btf: Btf) -> dict[str, int]:
+    """The -D constants that describe the running kernel.
+
+    Raises HostError naming the field when the kernel lacks one that the probes need.
+    """
+    constants: dict[str, int] = {}
+    for name, (struct, field_name) in _OFFSETS.items():
+        offset = btf.offset(struct, field_name)
+        if offset is None:
+            raise HostError(
+                f"this kernel has no {struct}.{field_name}",
+                hint="it was built without a scheduler option; see: latrace doctor",
+            )
+        constants[name] = offset
+    for name, (struct, field_name) in _OPTIONAL_OFFSETS.items():
+        if (offset := btf.offset(struct, field_name)) is not None:
+            constants[name] = offset
+    # fa2c3254d7cf (5.18) added prev_state, the state as the scheduler judged it.
+    if btf.tracepoint_arguments("sched_switch") >= 4:
+        constants["HAVE_PREV_STATE"] = 1
+    count, queue = btf.per_cpu_offset("__preempt_count"), btf.per_cpu_offset("runqueues")
+    if count is not None and queue is not None:
+        constants["PREEMPT_COUNT_FROM_RQ"] = count - queue
+    return constants
+
+
+def pid_max() -> int:
+    """One more than the largest process id of this kernel."""
+    return int(Path("/proc/sys/kernel/pid_max").read_text())
+
+
+def possible_cpus() -> int:
+    """How many CPUs the kernel may ever number."""
+    text = Path("/sys/devices/system/cpu/possible").read_text().strip()
+    return int(re.split(r"[-,]", text)[-1]) + 1
+
+
+def import_bcc() -> Any:
+    """The BPF Compiler Collection.
+
+    Raises HostError when bcc is missing, or is the unrelated package of the same name.
+    """
+    os.environ["BCC_KERNEL_SOURCE"] = str(PROBES)  # read when it compiles
+    hint = "apt-get install python3-bpfcc (never `pip install bcc`: another project)"
+    try:
+        import bcc  # noqa: PLC0415 - it reads the variable, and may be missing
+    except ImportError as error:
+        raise HostError(
+            f"bcc, which compiles the probes, is not installed ({error})", hint=hint
+        ) from error
+    if not hasattr(bcc, "BPF"):
+        raise HostError(
+            f"the `bcc` at {bcc.__file__} is not the BPF Compiler Collection", hint=hint
+        )
+    return bcc
+
+
+def sources() -> str:
+    """The text of the probes, as one file: bcc rewrites map accesses in the main file only."""
+    return "".join(f'#line 1 "{name}"\n{(PROBES / name).read_text()}' for name in SOURCES)
+
+
+def compile_probes(btf: Btf, switches: dict[str, int]) -> Compiled:
+    """Compile the probes for this kernel; `switches`: more -D constants.
+
+    Raises HostError when this host cannot: with the cause and what to do.
+    """
+    bcc = import_bcc()
+    # Added by 0bf1af1b8e0d (6.17).
+    user_stacks = switches["USER_STACKS"] and btf.tracepoint("sched_exit_tp") is not None
+    constants = kernel_constants(btf) | switches | {"USER_STACKS": int(user_stacks)}
+    flags = [f"-D{name}={value}" for name, value in constants.items()]
+    try:
+        module = bcc.BPF(
+            text=sources().encode(), cflags=[*flags, f"-I{PROBES}", "-Wno-unused-function"]
+        )
+    except Exception as error:
+        raise HostError(
+            f"bcc could not compile the probes or make their maps: {error}",
+            hint="bcc printed the reason above; see: latrace doctor",
+        ) from error
+    wanted = dict(_TRACEPOINTS)
+    if switches["CGROUPS"]:
+        wanted["lat_cgroup_attach"] = "cgroup_attach_task"
+    if user_stacks:
+        wanted["lat_sched_exit"] = "sched_exit_tp"
+    attach = {name: btf.tracepoint(tracepoint) for name, tracepoint in wanted.items()}
+    attach |= dict.fromkeys(ITERATORS, btf.function("bpf_iter_task"))
+    try:
+        fds = {name: bcc.lib.bpf_table_fd(module.module, name.encode()) for name in MAPS}
+        numbers = {fd: number for number, fd in enumerate(fds.values())}
+        return Compiled(
+            tuple(bpf.shape_of(name, fd) for name, fd in fds.items()),
+            tuple(
+                Program(
+                    name,
+                    with_maps(module.dump_func(name.encode()), numbers),
+                    _known(name, type_id),
+                    name in ITERATORS,
+                )
+                for name, type_id in attach.items()
+            ),
+        )
+    finally:
+        module.cleanup()
+
+
+def _known(name: str, type_id: int | None) -> int:
+    if type_id is None:
+        raise HostError(
+            f"this kernel lacks the tracepoint or iterator that {name} attaches to",
+            hint="latrace needs Linux 5.11 or newer with CONFIG_BPF_EVENTS; see: latrace doctor",
+        )
+    return type_id
