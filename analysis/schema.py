@@ -57,6 +57,61 @@ WAITS: Final = pa.schema(
     ]
 )
 
+SLICES: Final = pa.schema(
+    [
+        ("start_ns", pa.uint64()),
+        ("dur_ns", pa.uint64()),  # on the CPU within the wait; interrupts are slices of their own
+        ("cpu", pa.int32()),
+        ("tid", pa.int32()),  # -1: an interrupt
+        ("tgid", pa.int32()),
+        ("comm", NAME),
+        ("cgroup", NAME),
+        ("policy", NAME),  # other, fifo, rr, batch, idle, deadline, ext
+        ("prio", pa.int32()),  # the kernel's: 0-99 real-time, 100-139 others, -1 deadline
+        ("cause", NAME),  # irq, softirq, kthread, own, other
+        ("vector", NAME),  # of a softirq: NET_RX, TIMER, ...
+        ("stack", pa.int32()),  # where it left the CPU; -1 not sampled
+        ("weight_ns", pa.uint64()),  # the time of culprits that `stack` stands for
+        ("victim_tid", pa.int32()),
+        ("victim_run_ns", pa.uint64()),  # with victim_tid: the wait it is a part of
+    ]
+)
+
+SLEEPS: Final = pa.schema(
+    [
+        ("enter_ns", pa.uint64()),
+        ("exit_ns", pa.uint64()),  # back in user mode
+        ("tid", pa.int32()),
+        ("tgid", pa.int32()),
+        ("call", NAME),
+        ("clock", NAME),  # monotonic, realtime, boottime, tai
+        ("deadline_from", NAME),  # timeout, absolute, timerfd
+        ("requested_ns", pa.int64()),  # -1: for ever
+        ("deadline_ns", pa.uint64()),  # CLOCK_MONOTONIC, whatever `clock` is
+        ("slack_ns", pa.uint64()),
+        ("overshoot_ns", pa.int64()),  # null when woken before the deadline; else the four parts
+        ("entry_ns", pa.int64()),  # enter to armed
+        ("timer_ns", pa.int64()),  # the timer's slack and lateness
+        ("run_queue_ns", pa.int64()),
+        ("return_ns", pa.int64()),
+        ("late_ns", pa.uint64()),  # the deadline was so long past at entry
+        ("expirations", pa.uint64()),  # of a periodic timerfd
+        ("ret", pa.int64()),  # null where not observed
+        ("stack", pa.int32()),
+    ]
+)
+
+SAMPLES: Final = pa.schema(
+    [
+        ("ts_ns", pa.uint64()),
+        ("tid", pa.int32()),
+        ("tgid", pa.int32()),
+        ("cpu", pa.int32()),
+        ("stack", pa.int32()),  # what it was doing on the CPU; -1 missing
+        ("weight_ns", pa.uint64()),  # the time on the CPU that the sample stands for
+    ]
+)
+
 STACKS: Final = pa.schema(
     [
         ("id", pa.int32()),
@@ -117,6 +172,14 @@ TOTALS: Final = pa.schema(
         ("waits_wakeup", pa.uint64()),
         ("waits_new", pa.uint64()),
         ("waits_preempted", pa.uint64()),
+        ("throttled_ns", pa.uint64()),  # this and the next: the waiting time by cause
+        ("irq_ns", pa.uint64()),
+        ("softirq_ns", pa.uint64()),
+        ("idle_ns", pa.uint64()),
+        ("kthread_ns", pa.uint64()),
+        ("own_ns", pa.uint64()),
+        ("other_ns", pa.uint64()),
+        ("unknown_ns", pa.uint64()),
         ("snapshot", pa.uint32()),
     ]
 )
@@ -124,6 +187,9 @@ TOTALS: Final = pa.schema(
 TABLES: Final[Mapping[str, pa.Schema]] = MappingProxyType(
     {
         "waits": WAITS,
+        "slices": SLICES,
+        "sleeps": SLEEPS,
+        "samples": SAMPLES,
         "stacks": STACKS,
         "frames": FRAMES,
         "threads": THREADS,

@@ -9,12 +9,20 @@
 #include <linux/types.h>
 #include "hist.h"
 
-#define CELL_BYTES 120			/* with the ring's 8-byte header: two cache lines */
+#define CELL_BYTES 184			/* with the ring's 8-byte header: three cache lines */
 #define COMM_BYTES 16
 
-enum record_type { RECORD_WAIT = 1, RECORD_STACK, RECORD_THREAD };
+enum record_type {
+	RECORD_WAIT = 1, RECORD_STACK, RECORD_THREAD, RECORD_SLICE, RECORD_SLEEP, RECORD_SAMPLE
+};
 enum waker_ctx { CTX_TASK, CTX_SOFTIRQ, CTX_HARDIRQ, CTX_UNKNOWN };
 enum thread_event { THREAD_SEEN, THREAD_FORK, THREAD_EXEC, THREAD_RENAME, THREAD_EXIT, THREAD_END };
+
+/* Why a thread waited: at each instant exactly one cause holds, the first that applies. */
+enum cause {
+	CAUSE_THROTTLED, CAUSE_IRQ, CAUSE_SOFTIRQ, CAUSE_IDLE, CAUSE_KTHREAD, CAUSE_OWN, CAUSE_OTHER,
+	CAUSE_UNKNOWN, CAUSES
+};
 
 struct wait_record {
 	u8 type, kind, waker_ctx, place;
@@ -25,11 +33,55 @@ struct wait_record {
 	char waker[COMM_BYTES];
 	u64 weight_ns, blocked_weight_ns;
 	u64 stack_key, waker_key;	/* of the RECORD_STACK cells; 0: no stack */
-	u32 wakeup_ns, migrations;
+	u32 wakeup_ns;
+	u16 migrations, pad;
+	u64 causes[CAUSES - 1];		/* ns; unknown is what they leave of wait_ns */
+	u64 throttled_by;		/* id of the cgroup whose quota was used up; 0: none */
+	u64 waker_wait_ns;		/* the waker's own wait before it ran */
+	u32 waker2_tid;			/* who had woken the waker; 0: not known */
+	u32 idle_elsewhere_us;		/* another CPU that it may use was idle */
 };
 
-#define STACK_CELL_FRAMES 12
-#define STACK_KERNEL_FRAMES 48
+/* What ran on a CPU while a target waited there: one for each stay of a thread on the CPU, cut to
+ * the wait, with interrupts taken out; these are slices of their own. */
+struct slice_record {
+	u8 type, cause, vector, policy;	/* vector: of a softirq */
+	u16 cpu;
+	s16 prio;
+	u64 start_ns, dur_ns;
+	u32 tid, tgid, victim_tid, pad;
+	u64 victim_run_ns;
+	char comm[COMM_BYTES];
+	u64 cgroup, stack_key, weight_ns;
+};
+
+/* A call in which the thread asked to sleep, taken apart: entry + timer + run queue + return is
+ * the overshoot. */
+struct sleep_record {
+	u8 type, clock, deadline_from, flags;
+	s16 syscall;
+	u16 pad;
+	u32 tid, tgid;
+	u64 enter_ns, exit_ns;
+	s64 requested_ns;		/* -1: for ever */
+	u64 deadline_ns, slack_ns;
+	s64 overshoot_ns;
+	s64 entry_ns, timer_ns, run_queue_ns, return_ns;
+	u64 late_ns, expirations;
+	s64 ret;
+	u64 stack_key;
+};
+
+/* A thread of a target, seen on a CPU by the clock. */
+struct sample_record {
+	u8 type, pad0;
+	u16 cpu;
+	u32 tid, tgid, pad1;
+	u64 ts_ns, weight_ns, stack_key;
+};
+
+#define STACK_CELL_FRAMES 20
+#define STACK_KERNEL_FRAMES 40
 #define STACK_USER_FRAMES 120
 #define STACK_FRAMES (STACK_KERNEL_FRAMES + STACK_USER_FRAMES)
 
@@ -58,6 +110,7 @@ struct thread_record {
 struct hist {
 	u64 kinds[4];			/* waits by enum wait_kind */
 	u64 wait_ns, max_ns, blocked, blocked_ns;
+	u64 causes[CAUSES];		/* ns */
 	u64 slots[HIST_SLOTS];
 };
 
@@ -67,13 +120,13 @@ struct cpu_state {
 	u32 due_tid, pad0;
 	u64 next_key;
 
-	u64 rows, stacks;
+	u64 rows, stacks, slices, sleeps, samples;
 	u64 lost_waits, lost_stacks, lost_threads;	/* the ring was full */
 	u64 missed_stacks;		/* the thread never came by to have it taken */
 	u64 discarded, no_start, missed_switches, recovered, no_storage, open_at_start;
 	/* the kernel's books, task->sched_info */
 	u64 timed_waits, timed_ns, kernel_ns, kernel_count, blind_waits, blind_ns, unbooked;
-	u64 pad[7];			/* no two CPUs share a cache line */
+	u64 pad[4];			/* no two CPUs share a cache line */
 };
 
 struct comm_pattern { u64 value[2], mask[2]; };

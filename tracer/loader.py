@@ -22,7 +22,7 @@ from .errors import HostError
 from .options import Options
 
 # One for each process, as far as these bytes go; the processes beyond share one.
-_HISTOGRAMS, _HISTOGRAM_BYTES, _HISTOGRAMS_BYTES = 63, 30_272, 64 << 20
+_HISTOGRAMS, _HISTOGRAM_BYTES, _HISTOGRAMS_BYTES = 63, 30_336, 64 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -10,8 +11,17 @@ import numpy.typing as npt
 
 from latrace.analysis import histogram
 
-from .records import CELL_BYTES, THREAD, Place, ThreadEvent
-from .rows import wait_columns
+from .records import (
+    CAUSES,
+    CELL_BYTES,
+    SAMPLE,
+    THREAD,
+    WAIT,
+    Place,
+    Record,
+    ThreadEvent,
+)
+from .rows import sample_columns, wait_columns
 from .stacks import NamedStacks, Naming, StackCells
 from .unwind import user_frames
 from .writer import CaptureWriter
@@ -21,7 +31,23 @@ STACK_FOLLOWS_NS = 500_000_000
 
 _ROWS_PER_APPEND = 1 << 16
 _NAMING_TIMEOUT_S = 30.0
+_CAUSE_COLUMNS = [f"{cause}_ns" for cause in CAUSES]
 _OPEN = {Place.WAITING: "waiting", Place.UNKNOWN: "waiting", Place.BLOCKED: "blocked"}
+
+# Record → its dtype, table, a time in it, its columns, and the keys of the stacks it refers to.
+_ROWS: dict[Record, tuple[np.dtype[np.void], str, str, Callable[..., Any], tuple[str, ...]]] = {
+    Record.WAIT: (WAIT, "waits", "run_ns", wait_columns, ("stack_key", "waker_key")),
+    Record.SAMPLE: (SAMPLE, "samples", "ts_ns", sample_columns, ("stack_key",)),
+}
+
+
+@dataclass(slots=True)
+class _Held:
+    """Rows not yet written."""
+
+    dtype: np.dtype[np.void]
+    parts: list[npt.NDArray[np.void]] = field(default_factory=list)
+    count: int = 0
 
 
 class Recorder:
@@ -34,8 +60,7 @@ class Recorder:
         self._writer = writer
         self._naming = Naming()
         self._stacks = StackCells(self._naming.add)
-        self._pending: list[npt.NDArray[np.void]] = []
-        self._pending_rows = 0
+        self._held = {record: _Held(dtype) for record, (dtype, *_) in _ROWS.items()}
         self._snapshots = 0
         self.lost_stacks = 0
         """Stacks that came without their row, or in part; known at the end."""
@@ -44,12 +69,13 @@ class Recorder:
         """Take stack cells, shape (n,) of dtype STACK."""
         self._stacks.add(cells)
 
-    def add_waits(self, waits: npt.NDArray[np.void], now_ns: int) -> None:
-        """Take waits, shape (n,) of dtype WAIT, in the order of the ring."""
-        self._pending.append(waits)
-        self._pending_rows += len(waits)
-        if self._pending_rows >= _ROWS_PER_APPEND:
-            self._write_waits(now_ns)
+    def add(self, record: Record, rows: npt.NDArray[np.void], now_ns: int) -> None:
+        """Take rows of one table, shape (n,) of the record's cells, in the order of the ring."""
+        held = self._held[record]
+        held.parts.append(rows.view(held.dtype))
+        held.count += len(rows)
+        if held.count >= _ROWS_PER_APPEND:
+            self._write_rows(record, now_ns)
             self._writer.flush()
 
     def exec(self, tgid: int) -> None:
@@ -58,26 +84,27 @@ class Recorder:
 
     def flush(self, now_ns: int) -> None:
         """Put everything known so far on disk."""
-        self._write_waits(now_ns)
+        for record in self._held:
+            self._write_rows(record, now_ns)
         self._write_names(self._naming.take())
         self._writer.flush()
 
-    def _write_waits(self, now_ns: int | None) -> None:
+    def _write_rows(self, record: Record, now_ns: int | None) -> None:
         """Write rows; those whose stack may still come are held back, unless `now_ns` is None."""
-        if not self._pending:
+        held = self._held[record]
+        if not held.parts:
             return
-        waits = np.concatenate(self._pending)
-        self._pending, self._pending_rows = [], 0
+        _, table, time_field, columns, keys = _ROWS[record]
+        rows = np.concatenate(held.parts)
+        held.parts, held.count = [], 0
         if now_ns is not None:
-            ready = self._stacks.arrived(waits["stack_key"])
-            ready &= self._stacks.arrived(waits["waker_key"])
-            ready |= waits["run_ns"] + np.uint64(STACK_FOLLOWS_NS) < now_ns
+            ready = rows[time_field] + np.uint64(STACK_FOLLOWS_NS) < now_ns
+            ready |= np.logical_and.reduce([self._stacks.arrived(rows[key]) for key in keys])
             if not ready.all():
-                self._pending = [waits[~ready]]
-                self._pending_rows = len(self._pending[0])
-                waits = waits[ready]
-        stacks, wakers = (self._stacks.ids(waits[key]) for key in ("stack_key", "waker_key"))
-        self._writer.append("waits", wait_columns(waits, stacks, wakers))
+                held.parts = [rows[~ready]]
+                held.count = len(held.parts[0])
+                rows = rows[ready]
+        self._writer.append(table, columns(rows, *(self._stacks.ids(rows[key]) for key in keys)))
 
     def write_threads(
         self,
@@ -196,6 +223,9 @@ class Recorder:
                     "waits_wakeup": int(kinds[0]),
                     "waits_new": int(kinds[1]),
                     "waits_preempted": int(kinds[2]),
+                    **dict(
+                        zip(_CAUSE_COLUMNS, per_cpu["causes"].sum(axis=0).tolist(), strict=True)
+                    ),
                     "snapshot": self._snapshots,
                 }
             )
@@ -222,7 +252,8 @@ class Recorder:
 
     def finish(self) -> dict[str, Any]:
         """Write what was held back and wait for the last names; returns how the look-up fared."""
-        self._write_waits(None)
+        for record in self._held:
+            self._write_rows(record, None)
         self.lost_stacks += self._stacks.forget()
         self._write_names(self._naming.finish(_NAMING_TIMEOUT_S))
         return self._naming.stats()

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-CELL_BYTES = 120
-STACK_CELL_FRAMES = 12
-STACK_KERNEL_FRAMES, STACK_USER_FRAMES = 48, 120
+CELL_BYTES = 184
+STACK_CELL_FRAMES = 20
+STACK_KERNEL_FRAMES, STACK_USER_FRAMES = 40, 120
 HIST_SLOTS = 3776
 PATTERNS = 8
 
@@ -23,6 +23,9 @@ class Record(IntEnum):
     WAIT = 1
     STACK = 2
     THREAD = 3
+    SLICE = 4
+    SLEEP = 5
+    SAMPLE = 6
 
 
 class Place(IntEnum):
@@ -47,6 +50,7 @@ class ThreadEvent(IntEnum):
 
 # By number, as the records have them.
 WAIT_KINDS = ("wakeup", "new", "preempted")
+CAUSES = ("throttled", "irq", "softirq", "idle", "kthread", "own", "other", "unknown")
 WAKER_CONTEXTS = ("task", "softirq", "hardirq", "unknown")
 
 
@@ -84,7 +88,73 @@ WAIT = _in_cell(
         ("stack_key", "<u8"),
         ("waker_key", "<u8"),
         ("wakeup_ns", "<u4"),
-        ("migrations", "<u4"),
+        ("migrations", "<u2"),
+        ("pad", "<u2"),
+        ("causes", "<u8", len(CAUSES) - 1),
+        ("throttled_by", "<u8"),
+        ("waker_wait_ns", "<u8"),
+        ("waker2_tid", "<u4"),
+        ("idle_elsewhere_us", "<u4"),
+    ]
+)
+SLICE = _in_cell(
+    [
+        ("type", "u1"),
+        ("cause", "u1"),
+        ("vector", "u1"),
+        ("policy", "u1"),
+        ("cpu", "<u2"),
+        ("prio", "<i2"),
+        ("start_ns", "<u8"),
+        ("dur_ns", "<u8"),
+        ("tid", "<u4"),
+        ("tgid", "<u4"),
+        ("victim_tid", "<u4"),
+        ("pad", "<u4"),
+        ("victim_run_ns", "<u8"),
+        ("comm", "S16"),
+        ("cgroup", "<u8"),
+        ("stack_key", "<u8"),
+        ("weight_ns", "<u8"),
+    ]
+)
+SLEEP = _in_cell(
+    [
+        ("type", "u1"),
+        ("clock", "u1"),
+        ("deadline_from", "u1"),
+        ("flags", "u1"),
+        ("syscall", "<i2"),
+        ("pad", "<u2"),
+        ("tid", "<u4"),
+        ("tgid", "<u4"),
+        ("enter_ns", "<u8"),
+        ("exit_ns", "<u8"),
+        ("requested_ns", "<i8"),
+        ("deadline_ns", "<u8"),
+        ("slack_ns", "<u8"),
+        ("overshoot_ns", "<i8"),
+        ("entry_ns", "<i8"),
+        ("timer_ns", "<i8"),
+        ("run_queue_ns", "<i8"),
+        ("return_ns", "<i8"),
+        ("late_ns", "<u8"),
+        ("expirations", "<u8"),
+        ("ret", "<i8"),
+        ("stack_key", "<u8"),
+    ]
+)
+SAMPLE = _in_cell(
+    [
+        ("type", "u1"),
+        ("pad0", "u1"),
+        ("cpu", "<u2"),
+        ("tid", "<u4"),
+        ("tgid", "<u4"),
+        ("pad1", "<u4"),
+        ("ts_ns", "<u8"),
+        ("weight_ns", "<u8"),
+        ("stack_key", "<u8"),
     ]
 )
 STACK = _in_cell(
@@ -131,6 +201,7 @@ HIST = np.dtype(
         ("max_ns", "<u8"),
         ("blocked", "<u8"),
         ("blocked_ns", "<u8"),
+        ("causes", "<u8", len(CAUSES)),
         ("slots", "<u8", HIST_SLOTS),
     ]
 )
@@ -142,6 +213,9 @@ CPU_STATE = np.dtype(
         ("next_key", "<u8"),
         ("rows", "<u8"),
         ("stacks", "<u8"),
+        ("slices", "<u8"),
+        ("sleeps", "<u8"),
+        ("samples", "<u8"),
         ("lost_waits", "<u8"),
         ("lost_stacks", "<u8"),
         ("lost_threads", "<u8"),
@@ -159,7 +233,7 @@ CPU_STATE = np.dtype(
         ("blind_waits", "<u8"),
         ("blind_ns", "<u8"),
         ("unbooked", "<u8"),
-        ("pad", "<u8", 7),
+        ("pad", "<u8", 4),
     ]
 )
 CONTROL = np.dtype(
@@ -183,6 +257,9 @@ STRUCTS = {
     "wait_record": WAIT,
     "stack_record": STACK,
     "thread_record": THREAD,
+    "slice_record": SLICE,
+    "sleep_record": SLEEP,
+    "sample_record": SAMPLE,
     "hist": HIST,
     "cpu_state": CPU_STATE,
     "control": CONTROL,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from .records import WAIT_KINDS, WAKER_CONTEXTS, Record
+from .records import CAUSES, WAIT_KINDS, WAKER_CONTEXTS, Record
 from .syscalls import syscall_name
 
 if TYPE_CHECKING:
@@ -73,7 +73,23 @@ def wait_columns(
         "blocked_weight_ns": waits["blocked_weight_ns"],
         "waker_stack": waker_stacks,
         "wakeup_ns": waits["wakeup_ns"].astype(np.uint64),
-        "migrations": waits["migrations"],
+        "migrations": waits["migrations"].astype(np.uint32),
+        **cause_columns(waits["causes"], waits["wait_ns"]),
+    }
+
+
+def cause_columns(
+    causes: npt.NDArray[np.uint64], wait_ns: npt.NDArray[np.uint64]
+) -> dict[str, npt.NDArray[np.uint64]]:
+    """The parts of waits: `causes` of shape (n, 7) in ns; what they leave is unknown."""
+    known = {f"{name}_ns": causes[:, index] for index, name in enumerate(CAUSES[:-1])}
+    return known | {"unknown_ns": wait_ns - causes.sum(axis=1, dtype=np.uint64)}
+
+
+def sample_columns(samples: npt.NDArray[np.void], stacks: npt.NDArray[np.int32]) -> dict[str, Any]:
+    """Columns of the table `samples`; `samples`: shape (n,) of dtype SAMPLE."""
+    return {name: samples[name] for name in ("ts_ns", "tid", "tgid", "cpu", "weight_ns")} | {
+        "stack": stacks
     }
 
 

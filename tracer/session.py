@@ -32,7 +32,7 @@ from .errors import LatraceError, NoTargetError
 from .membership import members, write_rules
 from .options import Options
 from .processes import read_task
-from .records import STACK, THREAD, WAIT, Record, ThreadEvent
+from .records import STACK, THREAD, Record, ThreadEvent
 from .ring import Ring
 from .rows import cgroup_of, split
 from .shared import TARGET_PROCESS, TARGET_THREAD, Shared
@@ -253,9 +253,9 @@ class Tracer:
             threads = records.get(Record.THREAD)
             if threads is not None and len(threads):
                 self._take_threads(threads.view(THREAD))
-            waits = records[Record.WAIT]
-            if len(waits):
-                self._recorder.add_waits(waits.view(WAIT), time.monotonic_ns())
+            for record, rows in records.items():
+                if record not in {Record.STACK, Record.THREAD} and len(rows):
+                    self._recorder.add(record, rows, time.monotonic_ns())
 
     def _take_threads(self, threads: npt.NDArray[np.void]) -> None:
         """Follow who is there; `threads`: shape (n,) of dtype THREAD."""
