@@ -63,6 +63,21 @@ class Capture:
         return self.table("waits")
 
     @cached_property
+    def slices(self) -> pa.Table:
+        """What ran on a CPU while a target waited there: parts of recorded waits."""
+        return self.table("slices")
+
+    @cached_property
+    def sleeps(self) -> pa.Table:
+        """One row for each recorded sleep call."""
+        return self.table("sleeps")
+
+    @cached_property
+    def samples(self) -> pa.Table:
+        """What targets did on the CPU, sampled by the clock."""
+        return self.table("samples")
+
+    @cached_property
     def stacks(self) -> pa.Table:
         """Stacks as lists of frame ids, leaf first."""
         return self.table("stacks")

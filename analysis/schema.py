@@ -147,6 +147,14 @@ THREADS: Final = pa.schema(
         ("open_ns", pa.uint64()),  # how long it had been in that state
         ("stack", pa.int32()),  # where it stood then, when blocked; -1 unknown
         ("ppid", pa.int32()),
+        ("throttled_ns", pa.uint64()),  # this and the next: its waiting time by cause, exact
+        ("irq_ns", pa.uint64()),
+        ("softirq_ns", pa.uint64()),
+        ("idle_ns", pa.uint64()),
+        ("kthread_ns", pa.uint64()),
+        ("own_ns", pa.uint64()),
+        ("other_ns", pa.uint64()),
+        ("unknown_ns", pa.uint64()),
     ]
 )
 

@@ -33,6 +33,7 @@ struct thread_state {
 	u64 wait_acc_ns, blocked_acc_ns;	/* see sample.h */
 	u64 blocked_weight_ns, waker_key;	/* sampled when it was woken */
 	u64 waits, wait_ns, max_wait_ns, blocked, blocked_ns;
+	u64 causes[CAUSES];
 	u64 kernel_ns, kernel_count;		/* sched_info at the last look */
 	u64 last_wait_ns;			/* + 1; not yet compared with it */
 	u32 waker_tid, waker_tgid;
@@ -180,6 +181,9 @@ static inline void fill_thread(struct thread_record *r, u64 task, struct thread_
 	r->blocked = s->blocked;
 	r->blocked_ns = s->blocked_ns;
 	r->user_ip = r->user_fp = 0;
+#pragma unroll
+	for (int i = 0; i < CAUSES; i++)
+		r->causes[i] = s->causes[i];
 }
 
 /* `comm`: the name it is about to have; 0: the one it has. */

@@ -103,6 +103,7 @@ struct thread_record {
 	u64 open_ns;			/* waiting or blocked for so long when the trace ended */
 	u64 waits, wait_ns, max_wait_ns, blocked, blocked_ns;
 	u64 user_ip, user_fp;		/* THREAD_END: where in user space it stands */
+	u64 causes[CAUSES];		/* of its waits, ns */
 	u64 reserved;
 };
 

@@ -138,6 +138,7 @@ class Recorder:
                 "open_ns": threads["open_ns"],
                 "stack": stacks or [-1] * len(threads),
                 "ppid": threads["ppid"],
+                **{name: threads["causes"][:, n] for n, name in enumerate(_CAUSE_COLUMNS)},
             },
         )
 

@@ -191,6 +191,7 @@ THREAD = _in_cell(
         ("blocked_ns", "<u8"),
         ("user_ip", "<u8"),
         ("user_fp", "<u8"),
+        ("causes", "<u8", len(CAUSES)),
         ("reserved", "<u8"),
     ]
 )
