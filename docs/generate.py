@@ -410,7 +410,10 @@ def fish_completion(commands: tuple[Command, ...]) -> str:
 
 _TABLES: Final = {
     "waits": "One row for each wait that got details. Counts of waits are in `hist` and `totals`.",
-    "stacks": "The stacks that the waits point to.",
+    "slices": "What ran on a CPU while a target waited there: for each recorded wait, its culprits.",
+    "sleeps": "One row for each recorded sleep call; `waits.sleep` is a row number in here.",
+    "samples": "What the targets did on the CPU, sampled by the clock.",
+    "stacks": "The stacks that the other tables point to.",
     "frames": "The frames that the stacks are made of.",
     "threads": "One row for each thread that was traced, written when it ended or the trace did.",
     "hist": "The histograms counted in the kernel: exact. Only buckets that are not empty.",
