@@ -410,7 +410,7 @@ def fish_completion(commands: tuple[Command, ...]) -> str:
 
 _TABLES: Final = {
     "waits": "One row for each wait that got details. Counts of waits are in `hist` and `totals`.",
-    "slices": "What ran on a CPU while a target waited there: for each recorded wait, its culprits.",
+    "slices": "What ran on a CPU while a target waited there: who held each recorded wait up.",
     "sleeps": "One row for each recorded sleep call; `waits.sleep` is a row number in here.",
     "samples": "What the targets did on the CPU, sampled by the clock.",
     "stacks": "The stacks that the other tables point to.",
