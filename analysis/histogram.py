@@ -106,5 +106,18 @@ def count_over(counts: Counts, value_ns: int) -> int:
     return int(counts[slot + 1 :].sum())
 
 
+def tail_over(counts: Counts, fraction: float) -> int:
+    """Tell the value (ns) above which the tail begins: the quantile `fraction`.
+
+    Where nothing lies above its bucket, as when there are few values, or all are alike, the tail
+    is that bucket. `count_over` is exact for this value.
+    """
+    value = quantile(counts, fraction, max_ns=2**64 - 1)
+    if count_over(counts, value):
+        return value
+    low, _ = bounds(slot_of([value]))
+    return max(int(low[0]) - 1, 0)
+
+
 def _last(slot: int, high: int) -> int:
     return high if slot == SLOTS - 1 else high - 1

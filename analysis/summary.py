@@ -1,8 +1,9 @@
 """Turn a capture into the numbers of `latrace report --json`.
 
-Counts, totals and quantiles come from the in-kernel counters and are exact, whatever rows were
-lost or left out. What only rows tell (wakers, calls, stacks) says of how many rows. A capture
-that was killed before its counters were written is summed up from its rows, and says so.
+Counts, totals, quantiles and totals by cause come from the in-kernel counters and are exact,
+whatever rows were lost or left out. What only rows tell (who had the CPU, wakers, calls, stacks)
+says of how many rows. A capture that was killed before its counters were written, or of which
+only a part is wanted, is summed up from its rows, and says so.
 """
 
 from __future__ import annotations
@@ -15,40 +16,69 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from latrace.analysis import histogram
+from latrace.analysis.attribution import Evidence, culprits, sleeps, tail, throttling
 from latrace.analysis.capture import Capture
-from latrace.analysis.rows import Rows, StackSum, Sum, scan
+from latrace.analysis.causes import Parts, by_cause, no_parts, parts_of
+from latrace.analysis.culprits import Slices, scan_slices, stack_numbers
+from latrace.analysis.frames import NamedStack, name_stacks
+from latrace.analysis.rows import Rows, Slow, StackSum, Sum, Survey, scan, survey
 from latrace.analysis.schema import SCHEMA_VERSION
+from latrace.analysis.selection import Selection
+from latrace.analysis.sleep_calls import read_sleep_calls
 
 _KINDS = ("wakeup", "new", "preempted")
-_UNKNOWN = "[unknown]"
 _QUALITY_COUNTS = ("lost_events", "lost_stacks", "open_at_start", "open_at_end")
+_EVERYTHING = Selection()
+_TAIL = 0.99
 
 
-def summarise(capture: Capture, *, top: int = 10) -> dict[str, Any]:
-    """Sum up a capture: the machine interface, schema 1, durations in ns.
+def summarise(
+    capture: Capture, *, top: int = 10, selection: Selection = _EVERYTHING
+) -> dict[str, Any]:
+    """Sum up a capture, or a part of it: the machine interface, schema 1, durations in ns.
 
-    Besides the contract's keys: `waits.by_kind`, `waits.blocked`, `processes`, `threads`,
+    Besides the contract's keys: `selection`, `waits.by_kind`, `waits.blocked`,
+    `waits.culprit_processes`, `waits.culprits_all`, `throttling`, `processes`, `threads`,
     `waiting_at_end`, `wakers`, `syscalls` and `stacks`, at most `top` entries each, the greatest
     first. Everything in it can be written as JSON.
 
     Raises CaptureError for a damaged file.
     """
-    rows = scan(capture)
-    processes = _processes(capture, rows)
-    exact = bool(processes) or not rows.all.count
+    processes = _processes(capture) if selection.everything else {}
+    counted = _histogram(capture) if processes else None
+    surveyed = survey(capture, selection) if counted is None else Survey()
+    exact = selection.everything and (bool(processes) or not surveyed.all)
+    counts = surveyed.hist if counted is None else counted
+    over_ns = selection.over_ns
+    if over_ns is None:
+        over_ns = histogram.tail_over(counts, _TAIL)
+    calls = read_sleep_calls(capture, selection)
+    rows = scan(capture, selection, Slow(over_ns, len(calls.calls), calls.late_call))
+    slices = scan_slices(capture, rows.marks, every=selection.everything)
     if not exact:
         processes = _processes_of_rows(rows)
-    total = Sum()
-    for entry in processes.values():
-        total.add(entry.sum)
-    counts = _histogram(capture, rows, exact=exact)
-    threads = _threads(capture, rows)
+    total, parts = Sum(), no_parts()
+    for process in processes.values():
+        total.add(process.sum)
+        parts += process.parts
+    if not exact:
+        parts = rows.parts
+    threads = _threads(capture, rows, selection)
     names = _process_names(capture, threads)
+    stacks = _named_stacks(capture, rows, slices, top)
+    evidence = Evidence(rows=rows, slices=slices, calls=calls, names=names, stacks=stacks, top=top)
     return {
         "schema": SCHEMA_VERSION,
         "capture": _capture(capture, rows, names),
+        "selection": _selection(capture, rows, selection),
         "quality": {**_quality(capture, rows, threads, total), "totals_from_rows": not exact},
-        "waits": _waits(counts, total, processes, rows),
+        "waits": {
+            **_waits(counts, total, processes, rows),
+            "by_cause_ns": by_cause(parts),
+            "tail": tail(evidence, counts, over_ns, threads),
+            **culprits(evidence),
+        },
+        "throttling": throttling(rows, _list(capture.manifest, "cgroups_limited")),
         "processes": [
             {
                 "tgid": tgid,
@@ -64,8 +94,8 @@ def summarise(capture: Capture, *, top: int = 10) -> dict[str, Any]:
         "waiting_at_end": _waiting_at_end(threads)[:top],
         "wakers": _wakers(rows)[:top],
         "syscalls": _syscalls(rows)[:top],
-        "stacks": _stacks(capture, rows, top=top),
-        "sleeps": [],
+        "stacks": _stacks(rows, stacks, top=top),
+        "sleeps": sleeps(evidence),
         "retransmits": {"count": 0, "by_peer": []},
         "overhead": _overhead(capture.manifest),
     }
@@ -77,37 +107,41 @@ def summarise(capture: Capture, *, top: int = 10) -> dict[str, Any]:
 class _Process:
     """One process's totals, and how many waits of each kind."""
 
-    def __init__(self, total: Sum, kinds: Mapping[str, int]) -> None:
+    def __init__(self, total: Sum, kinds: Mapping[str, int], parts: Parts) -> None:
         self.sum = total
         self.kinds = dict(kinds)
+        self.parts = parts
 
 
-def _processes(capture: Capture, rows: Rows) -> dict[int, _Process]:
+def _processes(capture: Capture) -> dict[int, _Process]:
     processes: dict[int, _Process] = {}
-    for line in _filled(capture.totals).to_pylist():
-        entry = processes.setdefault(line["tgid"], _Process(Sum(), {}))
+    totals = _filled(capture.totals)
+    for line, parts in zip(totals.to_pylist(), parts_of(totals), strict=True):
+        entry = processes.setdefault(line["tgid"], _Process(Sum(), {}, no_parts()))
         entry.sum.add(
             Sum(line["waits"], line["wait_ns"], line["max_ns"], line["blocked"], line["blocked_ns"])
         )
+        entry.parts += parts
         for kind in _KINDS:
             entry.kinds[kind] = entry.kinds.get(kind, 0) + line[f"waits_{kind}"]
     counted = sum(entry.sum.count for entry in processes.values())
     # Counters that say nothing was seen while rows say otherwise are from before the rows.
-    return processes if counted or not rows.all.count else {}
+    return processes if counted else {}
 
 
 def _processes_of_rows(rows: Rows) -> dict[int, _Process]:
     processes: dict[int, _Process] = {}
     for (_, tgid), total in rows.threads.items():
-        processes.setdefault(tgid, _Process(Sum(), {})).sum.add(total)
+        processes.setdefault(tgid, _Process(Sum(), {}, no_parts())).sum.add(total)
     return processes
 
 
-def _histogram(capture: Capture, rows: Rows, *, exact: bool) -> histogram.Counts:
+def _histogram(capture: Capture) -> histogram.Counts | None:
+    """Read the exact distribution of all waits; None: the capture has none."""
     hist = _filled(capture.hist)
     hist = hist.filter(pc.equal(pc.cast(hist["metric"], pa.utf8()), "wait"))
-    if not exact or not hist.num_rows:
-        return rows.hist
+    if not hist.num_rows:
+        return None
     return histogram.from_buckets(_array(hist, "lo_ns"), _array(hist, "count"))
 
 
@@ -115,7 +149,6 @@ def _waits(
     counts: histogram.Counts, total: Sum, processes: Mapping[int, _Process], rows: Rows
 ) -> dict[str, Any]:
     p50, p90, p99, p999 = histogram.quantiles(counts, (0.5, 0.9, 0.99, 0.999), max_ns=total.max_ns)
-    tail = rows.tail(p99)
     kinds = {kind: sum(entry.kinds.get(kind, 0) for entry in processes.values()) for kind in _KINDS}
     if not any(kinds.values()):
         kinds = {kind: rows.kinds.get(kind, Sum()).count for kind in _KINDS}
@@ -127,19 +160,10 @@ def _waits(
         "p99_ns": p99,
         "p999_ns": p999,
         "max_ns": total.max_ns,
-        "by_cause_ns": {},
         "by_kind": {
             kind: {"count": kinds[kind], "row_wait_ns": rows.kinds.get(kind, Sum()).wait_ns}
             for kind in _KINDS
         },
-        "tail": {
-            "over_ns": p99,
-            "count": histogram.count_over(counts, p99),
-            "total_ns": tail.wait_ns,  # of the rows: exact when `rows` is `count`
-            "rows": tail.count,
-            "by_cause_ns": {},
-        },
-        "culprits": [],
         "blocked": {"count": total.blocked, "total_ns": total.blocked_ns},
     }
 
@@ -151,29 +175,23 @@ def _most_waiting_first(item: tuple[int, _Process]) -> tuple[int, int]:
 # --- who and where -----------------------------------------------------------------------------
 
 
-def _threads(capture: Capture, rows: Rows) -> list[dict[str, Any]]:
-    """List the threads that waited most first; their totals are exact if the capture has them."""
-    listed = {
-        (line["tid"], line["tgid"], line["start_ns"]): {
-            "tid": line["tid"],
-            "tgid": line["tgid"],
-            "comm": line["comm"] or "",
-            "waits": line["waits"],
-            "wait_ns": line["wait_ns"],
-            "max_ns": line["max_wait_ns"],
-            "blocked_ns": line["blocked_ns"],
-            "open": line["open"] or "",
-            "open_ns": line["open_ns"],
-        }
-        for line in _filled(capture.threads).to_pylist()
-    }
+def _threads(capture: Capture, rows: Rows, selection: Selection) -> list[dict[str, Any]]:
+    """List the threads that waited most first; their totals are exact if the capture has them.
+
+    Of a part of a capture, they are sums of rows.
+    """
+    table = _filled(capture.threads)
+    comms = {(line["tid"], line["tgid"]): line["comm"] or "" for line in table.to_pylist()}
+    listed: dict[tuple[int, int, int], dict[str, Any]] = {}
+    if selection.everything:
+        listed = _counted_threads(table)
     known = {key[:2] for key in listed}
     for (tid, tgid), total in rows.threads.items():
         if (tid, tgid) not in known:  # alive when the capture was cut off
             listed[tid, tgid, 0] = {
                 "tid": tid,
                 "tgid": tgid,
-                "comm": "",
+                "comm": comms.get((tid, tgid), ""),
                 "waits": total.count,
                 "wait_ns": total.wait_ns,
                 "max_ns": total.max_ns,
@@ -182,6 +200,24 @@ def _threads(capture: Capture, rows: Rows) -> list[dict[str, Any]]:
                 "open_ns": 0,
             }
     return sorted(listed.values(), key=lambda thread: (-thread["wait_ns"], thread["tid"]))
+
+
+def _counted_threads(table: pa.Table) -> dict[tuple[int, int, int], dict[str, Any]]:
+    return {
+        (line["tid"], line["tgid"], line["start_ns"]): {
+            "tid": line["tid"],
+            "tgid": line["tgid"],
+            "comm": line["comm"] or "",
+            "waits": line["waits"],
+            "wait_ns": line["wait_ns"],
+            "max_ns": line["max_wait_ns"],
+            "blocked_ns": line["blocked_ns"],
+            "by_cause_ns": by_cause(parts),
+            "open": line["open"] or "",
+            "open_ns": line["open_ns"],
+        }
+        for line, parts in zip(table.to_pylist(), parts_of(table), strict=True)
+    }
 
 
 def _waiting_at_end(threads: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -233,14 +269,23 @@ def _syscalls(rows: Rows) -> list[dict[str, Any]]:
     return sorted(listed, key=lambda entry: (-int(entry["blocked_ns"]), entry["call"]))
 
 
-def _stacks(capture: Capture, rows: Rows, *, top: int) -> dict[str, list[dict[str, Any]]]:
+def _stacks(
+    rows: Rows, stacks: Mapping[int, NamedStack], *, top: int
+) -> dict[str, list[dict[str, Any]]]:
     """List the stacks that stand for most waiting, and for most blocked time."""
-    by_wait = _heaviest(rows, lambda entry: entry.wait_ns, top)
-    by_blocked = _heaviest(rows, lambda entry: entry.blocked_ns, top)
-    texts = _frames_of(capture, {number for number, _ in by_wait + by_blocked})
+
+    def line(number: int, weight: int) -> dict[str, Any]:
+        stack = stacks[number]
+        return {
+            "weight_ns": weight,
+            "whole": stack.whole,
+            "user": list(stack.user),
+            "kernel": list(stack.kernel),
+        }
+
     return {
-        "wait": [{"weight_ns": weight, **texts[number]} for number, weight in by_wait],
-        "blocked": [{"weight_ns": weight, **texts[number]} for number, weight in by_blocked],
+        "wait": [line(*heavy) for heavy in _heaviest(rows, lambda entry: entry.wait_ns, top)],
+        "blocked": [line(*heavy) for heavy in _heaviest(rows, lambda entry: entry.blocked_ns, top)],
     }
 
 
@@ -253,33 +298,13 @@ def _heaviest(rows: Rows, weight: Any, top: int) -> list[tuple[int, int]]:
     return sorted(weighed, key=lambda item: (-item[1], item[0]))[:top]
 
 
-def _frames_of(capture: Capture, numbers: set[int]) -> dict[int, dict[str, Any]]:
-    """Name the frames of some stacks, leaf first; a stack that the capture lacks has none."""
-    found: dict[int, dict[str, Any]] = {
-        number: {"whole": False, "user": [], "kernel": []} for number in numbers
-    }
-    wanted = pa.array(sorted(numbers), pa.int32())
-    stacks = capture.table("stacks", columns=["id", "frames", "whole"])
-    stacks = stacks.filter(pc.is_in(stacks["id"], wanted)).to_pylist()
-    used = {frame for stack in stacks for frame in stack["frames"] or []}
-    frames = capture.table("frames", columns=["id", "symbol", "module", "offset", "space"])
-    frames = frames.filter(pc.is_in(frames["id"], pa.array(sorted(used), pa.int32())))
-    named = {frame["id"]: frame for frame in frames.to_pylist()}
-    for stack in stacks:
-        entry = found[stack["id"]]
-        entry["whole"] = stack["whole"] is True
-        for number in stack["frames"] or []:
-            frame = named.get(number, {})
-            side = "kernel" if frame.get("space") == "kernel" else "user"
-            entry[side].append(_frame_name(frame))
-    return found
-
-
-def _frame_name(frame: Mapping[str, Any]) -> str:
-    if frame.get("symbol"):
-        return str(frame["symbol"])
-    module = str(frame.get("module") or _UNKNOWN).rsplit("/", 1)[-1]
-    return module if module == _UNKNOWN else f"{module}+{frame.get('offset') or 0:#x}"
+def _named_stacks(capture: Capture, rows: Rows, slices: Slices, top: int) -> dict[int, NamedStack]:
+    """Look up, at once, every stack that is told of."""
+    numbers = {number for number, _ in _heaviest(rows, lambda entry: entry.wait_ns, top)}
+    numbers |= {number for number, _ in _heaviest(rows, lambda entry: entry.blocked_ns, top)}
+    for some in (slices.all, slices.tail, *slices.calls.values()):
+        numbers.update(stack_numbers(some.values()))
+    return name_stacks(capture, numbers)
 
 
 # --- what the manifest says --------------------------------------------------------------------
@@ -304,6 +329,32 @@ def _capture(capture: Capture, rows: Rows, names: Mapping[int, str]) -> dict[str
         "cpus": _number(manifest, "cpus"),
         "complete": capture.complete,
         "truncated": capture.truncated,
+        "steal_ns": _steal(manifest),
+    }
+
+
+def _steal(manifest: Mapping[str, Any]) -> int | None:
+    """Tell the CPU time that the hypervisor kept for others; None: not recorded."""
+    for owner in (manifest, _object(manifest, "quality")):
+        value = owner.get("steal_ns")
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value
+    return None
+
+
+def _selection(capture: Capture, rows: Rows, selection: Selection) -> dict[str, Any] | None:
+    """Say which part of the capture this is of; None: of all of it."""
+    if selection.everything:
+        return None
+    start = _number(capture.manifest, "start_ns")
+    end = _number(capture.manifest, "end_ns") or max(rows.last_run_ns, start)
+    begin, until = selection.window_ns(int(end - start))
+    return {
+        "since_ns": begin,
+        "until_ns": until,
+        "tids": list(selection.tids),
+        "over_ns": selection.over_ns,
+        "rows": rows.all.count,
     }
 
 
@@ -313,6 +364,7 @@ def _quality(
     quality = _object(capture.manifest, "quality")
     kernel, traced = (_number(quality, f"{who}_run_delay_ns") for who in ("kernel", "traced"))
     blind = _object(quality, "books_blind")
+    sleeps = _object(capture.manifest, "sleeps")
     further = {
         key: value
         for key, value in quality.items()
@@ -323,14 +375,15 @@ def _quality(
         "waits": total.count,
         **{key: _number(quality, key) for key in _QUALITY_COUNTS},
         "degraded": [entry for entry in _list(quality, "degraded") if isinstance(entry, dict)],
-        "rows": rows.all.count,
-        "row_wait_ns": rows.all.wait_ns,
+        "rows": rows.recorded.count,
+        "row_wait_ns": rows.recorded.wait_ns,
         "threads": len(threads),
         "stacks": _stack_quality(capture, rows.stacks),
         "kernel_run_delay_ns": kernel,
         "traced_run_delay_ns": traced,
         "coverage": traced / kernel if kernel else None,
         "books_blind": {"count": _number(blind, "count"), "ns": _number(blind, "ns")},
+        "sleeps": {key: _number(sleeps, key) for key in ("zero_timeout", "never_blocked", "lost")},
     }
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import unicodedata
+from collections.abc import Sequence
 
 _UNITS = (("ns", 1), ("us", 1_000), ("ms", 1_000_000), ("s", 1_000_000_000))
 
@@ -41,6 +43,42 @@ def share(part: float, whole: float) -> str:
     if 99.9 < percent < 100:
         return ">99.9 %"
     return f"{percent:.1f} %"
+
+
+def shares(parts: Sequence[float], whole: float) -> list[str]:
+    """Say parts of `whole` in percent so that what is printed adds up as the parts do.
+
+    Every figure is rounded to 0.1 %, down or up, never further; a part that is not 0 is never
+    said to be, nor one that is only nearly the whole.
+    """
+    if not whole:
+        return ["-" for _ in parts]
+    exact = [1000 * part / whole for part in parts]
+    tenths = [math.floor(value) for value in exact]
+    spare = round(sum(exact)) - sum(tenths)
+    by_rest = sorted(range(len(parts)), key=lambda index: tenths[index] - exact[index])
+    for index in by_rest[:spare]:
+        tenths[index] += 1
+    return [
+        "<0.1 %"
+        if not rounded and part
+        else ">99.9 %"
+        if rounded >= 1000 and part < whole
+        else f"{rounded / 10:.1f} %"
+        for part, rounded in zip(parts, tenths, strict=True)
+    ]
+
+
+def percent(part: float, whole: float) -> str:
+    """Say `part` of `whole` for a sentence, in whole percent: `97 %`, `0.4 %`, `>99 %`."""
+    if not whole:
+        return "-"
+    value = 100 * part / whole
+    if 99.5 <= value < 100:
+        return ">99 %"
+    if 0 < value < 0.1:
+        return "<0.1 %"
+    return f"{value:.1f} %" if 0 < value < 1 else f"{value:.0f} %"
 
 
 def plural(count: int, one: str, many: str = "") -> str:
