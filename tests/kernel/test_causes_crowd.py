@@ -1,0 +1,121 @@
+"""Ten thousand threads and processes that live for a moment: nothing leaks, nobody is mixed up."""
+
+from __future__ import annotations
+
+import gc
+import os
+import re
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from cgroups import cpu_groups
+from invariants import ints
+from scenes import Stage
+from tracing import build
+
+pytestmark = pytest.mark.kernel
+
+MANY = 10_000
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(tmp_path_factory.mktemp("causes"), "causes")
+
+
+@pytest.fixture
+def stage(program: Path, tmp_path: Path) -> Iterator[Stage]:
+    with cpu_groups() as groups:
+        yield Stage(program, groups, tmp_path / "c")
+
+
+def resident_bytes() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def open_files() -> int:
+    return sum(1 for _ in Path("/proc/self/fd").iterdir())
+
+
+class Watch:
+    """Takes the most files that we have open while the target lives."""
+
+    def __init__(self) -> None:
+        self.most = 0
+
+    def __call__(self, pid: int) -> None:
+        while Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+            self.most = max(self.most, open_files())
+            time.sleep(0.05)
+
+
+# A name is its thread's from its first instructions on; before, it has its parent's.
+NAMED = re.compile(r"[tp](\d+)")
+
+
+def test_as_targets_threads(stage: Stage) -> None:
+    """Ten thousand threads, traced: each has its own row and name, and is forgotten again."""
+    resident = []
+    for turn in range(2):
+        before, watch = open_files(), Watch()
+        again = Stage(stage.program, stage.groups, stage.output.with_name(f"turn{turn}"))
+        scene = again.play("threads", 0, MANY, meanwhile=watch)
+        assert watch.most < before + 100  # while the threads come and go
+        assert open_files() <= before
+        threads = scene.traced.capture.threads
+        rows = list(zip(ints(threads, "tid"), threads["comm"].to_pylist(), strict=True))
+        assert len(rows) == MANY + 1
+        assert {(tid, name) for tid, name in rows if tid != scene.traced.pid} == {
+            (tid, f"t{tid}") for tid, _ in rows if tid != scene.traced.pid
+        }
+        assert set(ints(threads, "tgid").tolist()) == {scene.traced.pid}
+        del scene, threads, rows
+        gc.collect()
+        resident.append(resident_bytes())
+    # The second ten thousand leave nothing that the first did not need.
+    assert resident[1] - resident[0] < 16 << 20, resident
+
+
+def test_as_targets_processes(stage: Stage) -> None:
+    """Ten thousand children, traced: each has its own row, name and process."""
+    before, watch = open_files(), Watch()
+    scene = stage.play("processes", 0, MANY, children=True, meanwhile=watch)
+    assert watch.most < before + 100
+    assert open_files() <= before
+    threads = scene.traced.capture.threads
+    rows = [row for row in threads.to_pylist() if row["tid"] != scene.traced.pid]
+    assert len(rows) == MANY
+    assert not [row for row in rows if row["comm"] != f"p{row['tid']}"]
+    assert not [row for row in rows if row["tgid"] != row["tid"]]
+    assert {row["ppid"] for row in rows} == {scene.traced.pid}
+
+
+def test_as_culprits(stage: Stage) -> None:
+    """Ten thousand processes, one after the other, on the victim's CPU: each is named right."""
+
+    with stage.neighbour("processes", MANY) as crowd:
+
+        def until_they_are_through(pid: int) -> None:
+            crowd.process.wait(60)
+            os.kill(pid, signal.SIGTERM)
+
+        scene = stage.play("spin", 0, nice=5, meanwhile=until_they_are_through)
+    assert crowd.facts["made"] == MANY
+    scene.agrees(within=0.02)
+    slices = scene.slices
+    who = set(
+        zip(ints(slices, "tid").tolist(), ints(slices, "tgid").tolist(), slices["comm"].to_pylist(),
+            strict=True)
+    )  # fmt: skip
+    crowded = {item for item in who if item[2] and NAMED.fullmatch(item[2])}
+    # Not each of them: some lived while the victim ran... on no other CPU, but between its waits.
+    assert len({tid for tid, _, _ in crowded}) > 0.5 * MANY
+    assert not [item for item in crowded if item != (item[0], item[0], f"p{item[0]}")]
+    # And each stay of theirs is as the second witness has it.
+    for tid in sorted({tid for tid, _, _ in crowded})[:: MANY // 50]:
+        ours = int(ints(scene.slices_of(tid), "dur_ns").sum())
+        assert abs(ours - scene.ran_while_waiting(tid)) < 5_000

@@ -1,0 +1,146 @@
+"""Waits for a CPU quota, on the live kernel: as long as `cpu.stat` says, and whose limit it was."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from cgroups import Group, cpu_groups
+from invariants import ints, names, parts
+from scenes import Scene, Stage
+from tracing import build
+
+pytestmark = pytest.mark.kernel
+
+QUOTA_US = 10_000
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(tmp_path_factory.mktemp("causes"), "causes")
+
+
+@pytest.fixture
+def stage(program: Path, tmp_path: Path) -> Iterator[Stage]:
+    with cpu_groups() as groups:
+        yield Stage(program, groups, tmp_path / "c")
+
+
+def waited(table: pa.Table) -> int:
+    return int(ints(table, "wait_ns").sum())
+
+
+def limited(scene: Scene, group: Group) -> dict[str, Any]:
+    """What the manifest says of a group, checked against the group's own file."""
+    entries = scene.traced.capture.manifest["cgroups_limited"]
+    (entry,) = [entry for entry in entries if entry["cgroup"] == group.name]
+    # The group was made for the scene: its counters began with it, or a little before.
+    now = group.throttling()
+    assert abs(entry["nr_throttled"] - now.nr_throttled) <= 1
+    assert abs(entry["nr_periods"] - now.nr_periods) <= 3
+    assert entry["throttled_ns"] == pytest.approx(now.throttled_ns, rel=0.02)
+    return dict(entry)
+
+
+def blamed(table: pa.Table) -> set[str]:
+    """Whose limits the waits that were throttled name."""
+    throttled = ints(table, "throttled_ns") > 0
+    return set(names(table, "throttled_by")[throttled].tolist())
+
+
+def test_alone_with_a_quota(stage: Stage) -> None:
+    """10 ms of each 100 ms: what it waits, it is throttled."""
+    group = stage.groups.make("limited")
+    group.limit(QUOTA_US)
+    scene = stage.play("spin", 2000, group=group)
+    total, throttled = waited(scene.waits), parts(scene.waits)["throttled"]
+    facts = scene.traced.facts
+    assert total == pytest.approx(facts["wall_ns"] - facts["cpu_ns"], rel=0.01)
+    assert throttled >= 0.95 * total
+    assert throttled == pytest.approx(group.throttling().throttled_ns, rel=0.02)
+    assert blamed(scene.waits) == {group.name}
+    entry = limited(scene, group)
+    assert (entry["quota_us"], entry["period_us"]) == (QUOTA_US, 100_000)
+    assert entry["nr_throttled"] >= 15
+
+
+def test_with_a_neighbour_as_well(stage: Stage) -> None:
+    """30 ms of 100 ms beside a hog of the same weight: 30 ms wait for it, 40 ms for the quota."""
+    group, next_door = stage.groups.make("limited"), stage.groups.make("next-door")
+    group.limit(30_000)
+    with stage.neighbour("hog", "next-door", group=next_door) as hog:
+        scene = stage.play("spin", 3000, group=group)
+    total, ours = waited(scene.waits), parts(scene.waits)
+    facts = scene.traced.facts
+    assert total == pytest.approx(facts["wall_ns"] - facts["cpu_ns"], rel=0.01)
+    throttled = group.throttling().throttled_ns
+    # To 2 % of the waiting time: neither is taken for the other.
+    assert ours["throttled"] == pytest.approx(throttled, abs=0.02 * total)
+    assert ours["other"] == pytest.approx(total - throttled, abs=0.03 * total)
+    assert ours["other"] / ours["throttled"] == pytest.approx(3 / 4, abs=0.2)
+    # The hog ran while the victim was throttled, too, and is not blamed for that.
+    slices = scene.slices_of(hog.pid)
+    assert ints(slices, "dur_ns").sum() == pytest.approx(ours["other"], rel=0.05)
+    assert scene.ran_while_waiting(hog.pid) > 1.8 * ours["other"]
+    assert blamed(scene.waits) == {group.name}
+    assert set(names(slices, "cgroup").tolist()) == {next_door.name}
+    limited(scene, group)
+
+
+def test_woken_into_a_group_that_is_throttled(stage: Stage) -> None:
+    """A thread that sleeps nearly all the time waits for what another one has used up."""
+    group = stage.groups.make("limited")
+    group.limit(QUOTA_US)
+    scene = stage.play("burnt", 2500, 5000, group=group)
+    facts = scene.traced.facts
+    sleeper = scene.waits_of(int(facts["tid"]))
+    ours, total = parts(sleeper), waited(sleeper)
+    # Mostly it sleeps when the quota is used up: one long wait each period, ~88 ms.
+    long = sleeper.filter(pa.array(ints(sleeper, "wait_ns") > 50_000_000))
+    assert long.num_rows >= 15
+    assert set(names(long, "kind").tolist()) == {"wakeup"}
+    assert total == pytest.approx(facts["late_ns"], rel=0.03)
+    assert ours["throttled"] >= 0.95 * total, ours
+    assert blamed(sleeper) == {group.name}
+    # It is never throttled for longer than the group.
+    assert ours["throttled"] <= 1.02 * group.throttling().throttled_ns
+    burner = scene.waits_of(int(facts["burner"]))
+    assert parts(burner)["throttled"] == pytest.approx(group.throttling().throttled_ns, rel=0.02)
+    limited(scene, group)
+
+
+def test_a_limit_further_up(stage: Stage) -> None:
+    """The group that has the limit is named, not the one that the thread is in."""
+    parent = stage.groups.make("parent")
+    child = stage.groups.make("child", below=parent)
+    parent.limit(QUOTA_US)
+    scene = stage.play("spin", 1000, group=child)
+    assert parts(scene.waits)["throttled"] >= 0.95 * waited(scene.waits)
+    assert blamed(scene.waits) == {parent.name}
+    assert parts(scene.waits)["throttled"] == pytest.approx(
+        parent.throttling().throttled_ns, rel=0.02
+    )
+    limited(scene, parent)
+    entries = scene.traced.capture.manifest["cgroups_limited"]
+    assert child.name not in {entry["cgroup"] for entry in entries}
+
+
+def test_threads_that_share_a_quota(stage: Stage) -> None:
+    """Three threads use a quota up together: each is throttled as long as the group is."""
+    group = stage.groups.make("limited")
+    group.limit(30_000)
+    scene = stage.play("own", 2000, 3, group=group)
+    tids = [int(scene.traced.facts[f"thread{i}"]) for i in range(3)]
+    throttled = group.throttling().throttled_ns
+    assert throttled > 0.6 * 2e9
+    for i, tid in enumerate(tids):
+        ours, total = parts(scene.waits_of(tid)), waited(scene.waits_of(tid))
+        assert ours["throttled"] == pytest.approx(throttled, rel=0.03)
+        # The rest is waiting for the other two, a third of the quota each.
+        assert ours["throttled"] + ours["own"] >= 0.97 * total
+        others = sum(scene.traced.facts[f"cpu{j}_ns"] for j in range(3) if j != i)
+        assert ours["own"] == pytest.approx(others, rel=0.1)
+    limited(scene, group)

@@ -1,0 +1,197 @@
+"""What the kernel's own tracing says ran on a CPU: a second witness, independent of our probes.
+
+A tracing instance of its own records switches and interrupts into the kernel's ring buffer, whose
+pages are decoded here (the text that tracefs prints has microseconds only).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import struct
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+# What a CPU does, where it is not a thread: thread ids are positive, the idle task is 0.
+IRQ, SOFTIRQ, UNSEEN = -1, -2, -3
+
+_PAGE = 4096
+_BUFFER_KB = 32 << 10
+_MISSED = 1 << 31  # in a page's header: events before it were overwritten
+_PADDING, _TIME_EXTEND, _TIME_STAMP = 29, 30, 31
+
+# Interrupts that the kernel enters beside the numbered ones.
+_VECTORS = ("local_timer", "reschedule", "call_function", "call_function_single", "irq_work")
+
+
+@dataclass(slots=True)
+class Timeline:
+    """What each instant of one CPU was spent on, from `start_ns` to `end_ns`."""
+
+    cpu: int
+    start_ns: int = 0
+    end_ns: int = 0
+    edges: list[int] = field(default_factory=list)
+    states: list[int] = field(default_factory=list)
+
+    def spent(
+        self,
+        start_ns: np.ndarray[Any, Any],
+        end_ns: np.ndarray[Any, Any],
+        matches: Callable[[int], bool],
+    ) -> np.ndarray[Any, Any]:
+        """Tell how many ns of each [start, end) the CPU was in a state that `matches`."""
+        edges = np.array(self.edges, np.int64)
+        kinds = {state: matches(state) for state in set(self.states)}
+        mask = np.array([kinds[state] for state in self.states], np.int64)
+        total = np.concatenate(([0], np.cumsum(np.diff(edges) * mask[:-1])))
+
+        def until(when: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+            at = np.searchsorted(edges, when, "right") - 1
+            return total[at] + mask[at] * (when - edges[at])
+
+        return np.asarray(until(end_ns.astype(np.int64)) - until(start_ns.astype(np.int64)))
+
+
+class Recording:
+    """Records one CPU from its making on; `timeline` ends it."""
+
+    def __init__(self, tracefs: Path, cpu: int) -> None:
+        self._cpu = cpu
+        self._instance = tracefs / "instances" / f"latrace-test-{os.getpid()}"
+        self._events: dict[int, tuple[str, int]] = {}
+        """By number: what it is, and where the one field that matters lies."""
+        self._instance.mkdir()
+
+    def start(self) -> None:
+        write = self._write
+        write("tracing_on", "0")
+        write("trace_clock", "mono")
+        write("tracing_cpumask", f"{1 << self._cpu:x}")
+        write("buffer_size_kb", str(_BUFFER_KB))
+        self._enable("sched/sched_switch", "switch", "next_pid")
+        self._enable("irq/softirq_entry", "softirq_entry", "vec")
+        self._enable("irq/softirq_exit", "softirq_exit", "vec")
+        self._enable("irq/irq_handler_entry", "irq_entry", "irq")
+        self._enable("irq/irq_handler_exit", "irq_exit", "irq")
+        for vector in _VECTORS:
+            if (self._instance / f"events/irq_vectors/{vector}_entry").exists():
+                self._enable(f"irq_vectors/{vector}_entry", "irq_entry", "vector")
+                self._enable(f"irq_vectors/{vector}_exit", "irq_exit", "vector")
+        write("tracing_on", "1")
+
+    def _write(self, name: str, text: str) -> None:
+        (self._instance / name).write_text(text)
+
+    def _enable(self, event: str, kind: str, wanted: str) -> None:
+        folder = self._instance / "events" / event
+        offset = -1
+        for line in (folder / "format").read_text().splitlines():
+            parts = [part.strip() for part in line.split(";")]
+            if parts[0].startswith("field:") and parts[0].split()[-1] == wanted:
+                offset = int(parts[1].removeprefix("offset:"))
+        assert offset >= 0, (event, wanted)
+        self._events[int((folder / "id").read_text())] = (kind, offset)
+        (folder / "enable").write_text("1")
+
+    def close(self) -> None:
+        self._instance.rmdir()
+
+    def timeline(self) -> Timeline:
+        """Stop, and tell what the CPU did. Fails when an event was lost."""
+        self._write("tracing_on", "0")
+        result = Timeline(self._cpu)
+        occupant, hard, soft = UNSEEN, 0, 0
+        for when, kind, value in self._read():
+            if kind == "switch":
+                occupant = value
+            elif kind == "irq_entry":
+                hard += 1
+            elif kind == "irq_exit":
+                hard = max(0, hard - 1)
+            elif kind == "softirq_entry":
+                soft += 1
+            else:
+                soft = max(0, soft - 1)
+            state = IRQ if hard else SOFTIRQ if soft else occupant
+            if not result.states or result.states[-1] != state:
+                result.edges.append(when)
+                result.states.append(state)
+            result.end_ns = when
+        assert result.edges, "nothing was recorded"
+        first = next((i for i, state in enumerate(result.states) if state != UNSEEN), 0)
+        result.start_ns = result.edges[first]
+        return result
+
+    def _read(self) -> Iterator[tuple[int, str, int]]:
+        path = self._instance / f"per_cpu/cpu{self._cpu}/trace_pipe_raw"
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        try:
+            while True:
+                try:
+                    page = os.read(fd, _PAGE)
+                except BlockingIOError:
+                    return
+                if not page:
+                    return
+                yield from self._decode(page)
+        finally:
+            os.close(fd)
+
+    def _decode(self, page: bytes) -> Iterator[tuple[int, str, int]]:
+        """Decode the events of a page, as in include/linux/ring_buffer.h."""
+        when, commit = struct.unpack_from("QQ", page)
+        assert not commit & _MISSED, "the kernel's buffer overflowed"
+        at, end = 16, 16 + (commit & 0xFFFFF)
+        while at < end:
+            (header,) = struct.unpack_from("I", page, at)
+            length, delta = header & 31, header >> 5
+            at += 4
+            if length == _TIME_EXTEND:
+                when += (struct.unpack_from("I", page, at)[0] << 27) + delta
+                at += 4
+                continue
+            if length == _TIME_STAMP:
+                low = (struct.unpack_from("I", page, at)[0] << 27) + delta
+                when = when & ~((1 << 59) - 1) | low
+                at += 4
+                continue
+            if length == _PADDING:
+                if not delta:
+                    return
+                when += delta
+                at += struct.unpack_from("I", page, at)[0]
+                continue
+            when += delta
+            if length:
+                body, size = at, length * 4
+            else:
+                size = struct.unpack_from("I", page, at)[0]
+                body = at + 4
+            at += size
+            kind, offset = self._events.get(struct.unpack_from("H", page, body)[0], ("", 0))
+            if kind:
+                yield when, kind, struct.unpack_from("i", page, body + offset)[0]
+
+
+@contextlib.contextmanager
+def recording(cpu: int) -> Iterator[Recording]:
+    """Record what `cpu` does; nothing of it stays."""
+    with contextlib.ExitStack() as undo:
+        tracefs = Path("/sys/kernel/tracing")
+        if not (tracefs / "instances").exists():
+            tracefs = Path(undo.enter_context(tempfile.TemporaryDirectory(prefix="latrace-fs-")))
+            libc = ctypes.CDLL(None, use_errno=True)
+            if libc.mount(b"none", os.fsencode(tracefs), b"tracefs", ctypes.c_ulong(0), None):
+                raise OSError(ctypes.get_errno(), "no tracefs")
+            undo.callback(libc.umount2, os.fsencode(tracefs), 2)  # MNT_DETACH
+        one = Recording(tracefs, cpu)
+        undo.callback(one.close)
+        one.start()
+        yield one
