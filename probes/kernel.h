@@ -68,7 +68,7 @@ BPF_F_TABLE("array", u32, struct targets, lat_targets, TARGET_PARTS, MMAPABLE);
 BPF_F_TABLE("array", u32, struct control_bytes, lat_control, 1, MMAPABLE);
 BPF_F_TABLE("array", u32, struct cpu_state_bytes, lat_cpus, NCPU, MMAPABLE);
 BPF_F_TABLE("array", u32, struct hist_bytes, lat_hist, SIZED_LATER, MMAPABLE);
-BPF_TABLE("array", u32, struct scratch_bytes, lat_scratch, 3 * NCPU);
+BPF_TABLE("array", u32, struct scratch_bytes, lat_scratch, 4 * NCPU);
 BPF_TABLE("hash", u32, u32, lat_slots, SIZED_LATER);
 BPF_QUEUE(lat_free, u32, SIZED_LATER);
 BPF_TASK_STORAGE(lat_tasks, struct thread_state_bytes);

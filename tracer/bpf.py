@@ -20,7 +20,7 @@ _NR_BPF = {"x86_64": 321, "aarch64": 280, "riscv64": 280, "s390x": 351, "ppc64le
 _MAP_CREATE, _MAP_LOOKUP, _MAP_UPDATE, _MAP_NEXT_KEY = 0, 1, 2, 4
 _PROG_LOAD, _OBJ_GET_INFO, _RAW_TRACEPOINT_OPEN, _BTF_LOAD = 5, 15, 17, 18
 _LINK_CREATE, _ENABLE_STATS, _ITER_CREATE = 28, 32, 33
-_TYPE_TRACING = 26
+TYPE_PERF_EVENT, TYPE_TRACING = 7, 26
 _MAP_TASK_STORAGE = 29
 _ATTACH_RAW_TRACEPOINT, _ATTACH_ITER = 23, 28
 
@@ -126,8 +126,17 @@ class VerifierError(OSError):
         self.log = log
 
 
-def load_program(name: str, instructions: bytes, *, attach_type_id: int, iterator: bool) -> int:
-    """Load a BTF-typed tracepoint program or task iterator; returns its file descriptor.
+def load_program(
+    name: str,
+    instructions: bytes,
+    *,
+    attach_type_id: int,
+    iterator: bool,
+    program_type: int = TYPE_TRACING,
+) -> int:
+    """Load a BTF-typed tracepoint program or task iterator, or one for perf events.
+
+    `attach_type_id` is 0 for the latter. Returns its file descriptor.
 
     Raises VerifierError with the verifier's words, OSError for anything else.
     """
@@ -141,7 +150,7 @@ def load_program(name: str, instructions: bytes, *, attach_type_id: int, iterato
             "<IIQQIIQII16sII",
             attributes,
             0,
-            _TYPE_TRACING,
+            program_type,
             len(instructions) // 8,
             ctypes.addressof(code),
             ctypes.addressof(licence),
@@ -152,7 +161,7 @@ def load_program(name: str, instructions: bytes, *, attach_type_id: int, iterato
             0,
             name.encode()[:15],
             0,
-            _ATTACH_ITER if iterator else _ATTACH_RAW_TRACEPOINT,
+            _attach_type(program_type, iterator=iterator),
         )
         struct.pack_into("<I", attributes, 108, attach_type_id)
         return _bpf(_PROG_LOAD, attributes)
@@ -164,6 +173,12 @@ def load_program(name: str, instructions: bytes, *, attach_type_id: int, iterato
             return load(1)  # once more, for the verifier's words
         except OSError:
             raise VerifierError(error, log.value.decode(errors="replace")) from None
+
+
+def _attach_type(program_type: int, *, iterator: bool) -> int:
+    if program_type != TYPE_TRACING:
+        return 0
+    return _ATTACH_ITER if iterator else _ATTACH_RAW_TRACEPOINT
 
 
 def attach_tracepoint(program: int) -> int:

@@ -30,6 +30,7 @@ SOURCES = (
     "stack.h",
     "wait.bpf.c",
     "identity.bpf.c",
+    "oncpu.bpf.c",
     "tasks.bpf.c",
 )
 
@@ -56,6 +57,7 @@ _OFFSETS = {
     "OFF_CSS_CGROUP": ("cgroup_subsys_state", "cgroup"),
     "OFF_KN_ID": ("kernfs_node", "id"),
     "OFF_ROOT_HIERARCHY": ("cgroup_root", "hierarchy_id"),
+    "OFF_SAMPLE_PERIOD": ("bpf_perf_event_data", "sample_period"),
 }
 # Present on some kernels or machines only; the probes do without.
 _OPTIONAL_OFFSETS = {
@@ -77,6 +79,8 @@ _TRACEPOINTS = {
     "lat_rename": "task_rename",
 }
 ITERATORS = ("lat_iter_seed", "lat_iter_end")
+ON_CPU = "lat_on_cpu"
+"""Runs at the tick of a clock: see tracer/sampling.py."""
 MAPS = (
     "lat_targets",
     "lat_control",
@@ -177,7 +181,7 @@ def compile_probes(btf: Btf, switches: dict[str, int]) -> Compiled:
     if user_stacks:
         wanted["lat_sched_exit"] = "sched_exit_tp"
     attach = {name: btf.tracepoint(tracepoint) for name, tracepoint in wanted.items()}
-    attach |= dict.fromkeys(ITERATORS, btf.function("bpf_iter_task"))
+    attach |= dict.fromkeys(ITERATORS, btf.function("bpf_iter_task")) | {ON_CPU: None}
     try:
         fds = {name: bcc.lib.bpf_table_fd(module.module, name.encode()) for name in MAPS}
         numbers = {fd: number for number, fd in enumerate(fds.values())}
@@ -187,8 +191,9 @@ def compile_probes(btf: Btf, switches: dict[str, int]) -> Compiled:
                 Program(
                     name,
                     with_maps(module.dump_func(name.encode()), numbers),
-                    _known(name, type_id),
+                    0 if name == ON_CPU else _known(name, type_id),
                     name in ITERATORS,
+                    bpf.TYPE_PERF_EVENT if name == ON_CPU else bpf.TYPE_TRACING,
                 )
                 for name, type_id in attach.items()
             ),

@@ -28,12 +28,15 @@ class Map:
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """One function, and the type id in the kernel's BTF of what it attaches to."""
+    """One function, and the type id in the kernel's BTF of what it attaches to; 0: to nothing
+    that has a type."""
 
     name: str
     instructions: bytes
     attach_type_id: int
     iterator: bool
+    program_type: int = 26
+    """BPF_PROG_TYPE_TRACING, or another of include/uapi/linux/bpf.h."""
 
 
 @dataclass(frozen=True, slots=True)

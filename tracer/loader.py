@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 
 from . import bpf, cache
 from .btf import Btf, read_btf
-from .compile import ITERATORS, compile_probes, pid_max, possible_cpus, sources
+from .compile import ITERATORS, ON_CPU, compile_probes, pid_max, possible_cpus, sources
 from .compiled import Compiled, Map, Program, with_maps
 from .errors import HostError
 from .options import Options
@@ -76,9 +76,9 @@ class Probes:
         return mmap.mmap(self.maps[name], -(-size // page) * page)
 
     def attach(self) -> None:
-        """Attach every tracepoint program."""
+        """Attach every tracepoint program. (The clocks of `lat_on_cpu`: tracer/sampling.py.)"""
         for name in self.programs:
-            if name not in ITERATORS:
+            if name not in ITERATORS and name != ON_CPU:
                 self.switch(name, on=True)
 
     def switch(self, name: str, *, on: bool) -> None:
@@ -142,7 +142,11 @@ def _load(compiled: Compiled, build: Build) -> Probes:
             bpf.map_update(probes.maps["lat_free"], None, struct.pack("<I", number))
         fds = list(probes.maps.values())
         for program in compiled.programs:
-            probes.programs[program.name] = _load_program(program, fds)
+            try:
+                probes.programs[program.name] = _load_program(program, fds)
+            except HostError:
+                if program.name != ON_CPU:  # waits are worth tracing without it
+                    raise
     except BaseException:
         probes.close()
         raise
@@ -166,6 +170,7 @@ def _load_program(program: Program, fds: list[int]) -> int:
             with_maps(program.instructions, fds),
             attach_type_id=program.attach_type_id,
             iterator=program.iterator,
+            program_type=program.program_type,
         )
     except bpf.VerifierError as error:
         raise HostError(

@@ -8,6 +8,8 @@ from pathlib import Path
 DEFAULT_SLOW_NS = 100_000
 DEFAULT_STACK_BUDGET_PER_S = 500
 DEFAULT_RING_BYTES = 16 << 20
+DEFAULT_CPU_SAMPLES_HZ = 49
+"""Not a divisor of any tick rate: in step with the tick, some code would never be seen."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +35,8 @@ class Options:
     """A wait of at least this long gets its stack, within the budget."""
     stacks: bool = True
     stack_budget_per_s: int = DEFAULT_STACK_BUDGET_PER_S
+    cpu_samples_hz: int = DEFAULT_CPU_SAMPLES_HZ
+    """How often each CPU is looked at for what a target does there; 0: never."""
     ring_bytes: int = DEFAULT_RING_BYTES
     """Size of the ring buffer: a power of two, at least one page."""
     duration_s: float | None = None

@@ -35,6 +35,7 @@ from .processes import read_task
 from .records import STACK, THREAD, Record, ThreadEvent
 from .ring import Ring
 from .rows import cgroup_of, split
+from .sampling import Sampler
 from .shared import TARGET_PROCESS, TARGET_THREAD, Shared
 
 if TYPE_CHECKING:
@@ -119,7 +120,10 @@ class Tracer:
         self._budget.start()
         self._cost = Cost(self._probes.programs)
         undo.callback(self._cost.close)
+        self._sampler = Sampler(self._probes, self._shared, options)
+        undo.callback(self._sampler.close)
         self._probes.attach()
+        self._sampler.start()
         self._start_ns, self._start_realtime_ns = time.monotonic_ns(), time.time_ns()
         write_rules(self._shared.control, options)
         self._shared.targets[list(options.tids)] |= TARGET_THREAD
@@ -168,6 +172,7 @@ class Tracer:
                 "slow_ns": options.slow_ns,
                 "stacks": options.stacks,
                 "stack_budget_per_s": options.stack_budget_per_s,
+                "cpu_samples_hz": options.cpu_samples_hz,
                 "ring_bytes": options.ring_bytes,
                 "duration_s": options.duration_s,
             },
@@ -199,6 +204,7 @@ class Tracer:
             used = self._ring.used()
             self._drain()
             self._budget.step(used)
+            self._sampler.step()
             self._cost.step()
             now = time.monotonic()
             if now >= flush_s:
@@ -308,6 +314,9 @@ class Tracer:
         return {
             "waits": int(self._shared.hist["kinds"].sum()),
             "rows": counters["rows"],
+            "samples": counters["samples"],
+            "samples_lowest_hz": self._sampler.lowest_hz,
+            "samples_refused": self._sampler.refused,
             "lost_events": counters["lost_waits"] + counters["lost_threads"],
             "lost_threads": counters["lost_threads"],
             "lost_stacks": counters["lost_stacks"]
@@ -369,6 +378,7 @@ class Tracer:
     def _finish(self, *, complete: bool) -> None:
         end_ns = time.monotonic_ns()
         self._cost.close()
+        self._sampler.close()
         self._probes.detach()
         time.sleep(_SETTLE_S)
         open_at_end = self._recorder.write_open_threads(

@@ -29,7 +29,7 @@ _latrace() {
             compopt -o filenames; mapfile -t COMPREPLY < <(compgen -d -- "$word")
             return
             ;;
-        attach:-d | attach:--duration | attach:--min | attach:--slow | attach:--stack-budget | attach:--ring-size | run:-d | run:--duration | run:--min | run:--slow | run:--stack-budget | run:--ring-size | demo:-d | demo:--duration)
+        attach:-d | attach:--duration | attach:--min | attach:--slow | attach:--stack-budget | attach:--cpu-samples | attach:--ring-size | run:-d | run:--duration | run:--min | run:--slow | run:--stack-budget | run:--cpu-samples | run:--ring-size | demo:-d | demo:--duration)
             :
             return
             ;;
@@ -52,8 +52,8 @@ _latrace() {
     local words=''
     case "$verb" in
         '') words='attach run flame report doctor demo --version -h --help' ;;
-        attach) words='-p --pid -t --tid --comm --cgroup --children -d --duration -o --output -f --force --min --slow --no-stacks --stack-budget --ring-size --json -v --verbose -q --quiet -h --help' ;;
-        run) words='--children -d --duration -o --output -f --force --min --slow --no-stacks --stack-budget --ring-size --json -v --verbose -q --quiet -h --help' ;;
+        attach) words='-p --pid -t --tid --comm --cgroup --children -d --duration -o --output -f --force --min --slow --no-stacks --stack-budget --cpu-samples --ring-size --json -v --verbose -q --quiet -h --help' ;;
+        run) words='--children -d --duration -o --output -f --force --min --slow --no-stacks --stack-budget --cpu-samples --ring-size --json -v --verbose -q --quiet -h --help' ;;
         flame) words='-i --input --kind --format -f --force -q --quiet -h --help' ;;
         report) words='-i --input --json -h --help' ;;
         doctor) words='--json -v --verbose -h --help' ;;

@@ -32,6 +32,7 @@ case $line[1] in
             ''--slow'[A wait of at least this gets its stack.]:TIME: ' \
             ''--no-stacks'[Take no stacks\: cheaper, no flame graph.]' \
             ''--stack-budget'[Take at most so many stacks per second.]:N: ' \
+            ''--cpu-samples'[See what the targets do on the CPU, so many times a second on each; 0\: never.]:HZ: ' \
             ''--ring-size'[Buffer between kernel and latrace, a power of two\: 16M.]:SIZE: ' \
             ''--json'[Print the report as JSON, for machines.]' \
             '(-v --verbose)'{-v,--verbose}'[Say more on the way.]' \
@@ -48,6 +49,7 @@ case $line[1] in
             ''--slow'[A wait of at least this gets its stack.]:TIME: ' \
             ''--no-stacks'[Take no stacks\: cheaper, no flame graph.]' \
             ''--stack-budget'[Take at most so many stacks per second.]:N: ' \
+            ''--cpu-samples'[See what the targets do on the CPU, so many times a second on each; 0\: never.]:HZ: ' \
             ''--ring-size'[Buffer between kernel and latrace, a power of two\: 16M.]:SIZE: ' \
             ''--json'[Print the report as JSON, for machines.]' \
             '(-v --verbose)'{-v,--verbose}'[Say more on the way.]' \

@@ -60,6 +60,7 @@ def attach(
     slow: params.Slow = params.DEFAULT_SLOW,
     no_stacks: params.NoStacks = False,
     stack_budget: params.StackBudget = params.DEFAULT_BUDGET,
+    cpu_samples: params.CpuSamples = params.DEFAULT_HZ,
     ring_size: params.RingSize = params.DEFAULT_RING,
     as_json: params.Json = False,
     verbose: params.Verbose = False,
@@ -91,6 +92,7 @@ def attach(
             slow=slow,
             no_stacks=no_stacks,
             stack_budget=stack_budget,
+            cpu_samples=cpu_samples,
             ring_size=ring_size,
         )
         for note in targets.notes:

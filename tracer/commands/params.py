@@ -9,6 +9,7 @@ import typer
 
 from latrace.tracer.commands.quantities import parse_duration, parse_ring_size, parse_run_time
 from latrace.tracer.options import (
+    DEFAULT_CPU_SAMPLES_HZ,
     DEFAULT_RING_BYTES,
     DEFAULT_SLOW_NS,
     DEFAULT_STACK_BUDGET_PER_S,
@@ -66,6 +67,16 @@ StackBudget = Annotated[
         help="Take at most so many stacks per second.",
     ),
 ]
+CpuSamples = Annotated[
+    int,
+    typer.Option(
+        "--cpu-samples",
+        metavar="HZ",
+        min=0,
+        max=1000,
+        help="See what the targets do on the CPU, so many times a second on each; 0: never.",
+    ),
+]
 RingSize = Annotated[
     str,
     typer.Option(
@@ -85,6 +96,7 @@ Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Say nothing on the w
 DEFAULT_SLOW = f"{DEFAULT_SLOW_NS // 1000}us"
 DEFAULT_RING = f"{DEFAULT_RING_BYTES >> 20}M"
 DEFAULT_BUDGET = DEFAULT_STACK_BUDGET_PER_S
+DEFAULT_HZ = DEFAULT_CPU_SAMPLES_HZ
 
 
 def make_options(
@@ -95,6 +107,7 @@ def make_options(
     slow: str,
     no_stacks: bool,
     stack_budget: int,
+    cpu_samples: int,
     ring_size: str,
 ) -> Options:
     """The tracer's options from the command line's texts. Raises `UsageError`."""
@@ -108,6 +121,7 @@ def make_options(
         slow_ns=parse_duration(slow, option="--slow"),
         stacks=not no_stacks,
         stack_budget_per_s=stack_budget,
+        cpu_samples_hz=cpu_samples,
         ring_bytes=parse_ring_size(ring_size),
         duration_s=None if duration is None else parse_run_time(duration),
     )

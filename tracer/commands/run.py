@@ -46,6 +46,7 @@ def run(
     slow: params.Slow = params.DEFAULT_SLOW,
     no_stacks: params.NoStacks = False,
     stack_budget: params.StackBudget = params.DEFAULT_BUDGET,
+    cpu_samples: params.CpuSamples = params.DEFAULT_HZ,
     ring_size: params.RingSize = params.DEFAULT_RING,
     as_json: params.Json = False,
     verbose: params.Verbose = False,
@@ -79,6 +80,7 @@ def run(
                 slow=slow,
                 no_stacks=no_stacks,
                 stack_budget=stack_budget,
+                cpu_samples=cpu_samples,
                 ring_size=ring_size,
             )
             plan = Plan(
