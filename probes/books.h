@@ -9,9 +9,9 @@
 #pragma once
 
 /* A wait into the exact counters: of the thread, and of its process on this CPU. */
-static inline void count_wait(struct thread_state *s, u64 wait)
+static inline void count_wait(struct thread_state *s, u64 wait, u64 *causes)
 {
-	u32 i = s->slot * NCPU + bpf_get_smp_processor_id();
+	u32 cause, i = s->slot * NCPU + bpf_get_smp_processor_id();
 	struct hist *h = (void *)lat_hist.lookup(&i);
 	u64 slot;
 
@@ -21,6 +21,11 @@ static inline void count_wait(struct thread_state *s, u64 wait)
 		s->max_wait_ns = wait;
 	if (!h)
 		return;
+#pragma unroll
+	for (cause = 0; cause < CAUSES; cause++) {
+		s->causes[cause] += causes[cause];
+		h->causes[cause] += causes[cause];
+	}
 	h->kinds[s->wait.kind & 3]++;
 	h->wait_ns += wait;
 	if (wait > h->max_ns)
@@ -41,11 +46,14 @@ static inline void count_wait(struct thread_state *s, u64 wait)
  * out of the comparison with these books. */
 static inline void count_unseen(struct thread_state *s, struct cpu_state *c, u64 waits, u64 ns)
 {
+	u64 causes[CAUSES] = {};
+
+	causes[CAUSE_UNKNOWN] = ns;
 	c->missed_switches += waits;
 	c->recovered++;
 	s->wait.kind = WAIT_WAKEUP;
 	s->wait.blocked_ns = 0;
-	count_wait(s, ns);
+	count_wait(s, ns, causes);
 }
 
 /* What the books gained since the last look is their entry for the last wait counted here. To be

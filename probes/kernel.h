@@ -12,6 +12,8 @@
 	({ u64 v_; asm volatile("%0 = *(u64 *)(%1 + %2)" : "=r"(v_) : "r"(p), "i"(off)); v_; })
 #define LD32(p, off) \
 	({ u64 v_; asm volatile("%0 = *(u32 *)(%1 + %2)" : "=r"(v_) : "r"(p), "i"(off)); v_; })
+#define LD8(p, off) \
+	({ u64 v_; asm volatile("%0 = *(u8 *)(%1 + %2)" : "=r"(v_) : "r"(p), "i"(off)); v_; })
 
 /* Bounded loops stay loops: unrolled, they take clang longer than all the rest. */
 #define LOOP _Pragma("clang loop unroll(disable)") for
@@ -24,9 +26,16 @@ static long (*get_task_stack)(u64 task, void *buf, u32 size, u64 flags) = (void 
 static long (*read_kernel)(void *dst, u32 size, u64 addr) = (void *)113;
 static long (*get_stack_of)(void *ctx, void *buf, u32 size, u64 flags) = (void *)67;
 
+/* Not a helper: a call of lat_slices, a function of its own that is put behind lat_switch when both
+ * are compiled (tracer/compiled.py); bcc itself would make one of them. */
+static int (*then_slices)(void *ctx) = (void *)0x7fffffff;
+
 #define TASK_DEAD 0x80		/* include/linux/sched.h */
 #define PF_KTHREAD 0x00200000
 #define THREAD_SIZE 16384	/* the least that x86-64 has */
+
+#define CLOCKS 6
+struct clocks { u64 ns[CLOCKS]; };	/* by enum clock */
 
 struct thread_state {
 	struct wait_state wait;
@@ -40,6 +49,15 @@ struct thread_state {
 	char waker[COMM_BYTES];
 	u32 slot;
 	u8 waker_ctx;
+	/* causes.h */
+	u8 clocks_known, throttled, moves;
+	u32 queue_cpu;				/* on this CPU's queue, + 1; 0: on none */
+	u32 moved_from;
+	u64 here_ns, moved_from_ns;		/* since when it is, and was, on that queue */
+	struct clocks clocks;			/* what they showed when this wait was at 0 */
+	u64 throttled_clock, throttled_by;
+	u64 done_wait_ns, waker_wait_ns;	/* the last wait of its own, and its waker's */
+	u32 waker2_tid;
 };
 
 #define TARGET_PROCESS 1
@@ -47,6 +65,12 @@ struct thread_state {
 #define TARGETS_IN_PART 32768
 #define TARGET_PARTS ((PID_MAX + TARGETS_IN_PART - 1) / TARGETS_IN_PART)
 struct targets { char on[TARGETS_IN_PART]; };	/* by process and by thread id; two bits */
+/* Where stacks are gathered before they are sent. A waker can be an interrupt that came while
+ * another stack was being taken on this CPU, so each place has its own. */
+enum scratch_place {
+	SCRATCH_WAKER, SCRATCH_WAKER_IRQ, SCRATCH_VICTIM, SCRATCH_CULPRIT, SCRATCH_SAMPLE,
+	SCRATCH_PLACES
+};
 struct scratch { u64 frames[STACK_FRAMES]; };
 
 /* bcc compiles code to print every field of every map, which takes longer than all the rest:
@@ -68,7 +92,7 @@ BPF_F_TABLE("array", u32, struct targets, lat_targets, TARGET_PARTS, MMAPABLE);
 BPF_F_TABLE("array", u32, struct control_bytes, lat_control, 1, MMAPABLE);
 BPF_F_TABLE("array", u32, struct cpu_state_bytes, lat_cpus, NCPU, MMAPABLE);
 BPF_F_TABLE("array", u32, struct hist_bytes, lat_hist, SIZED_LATER, MMAPABLE);
-BPF_TABLE("array", u32, struct scratch_bytes, lat_scratch, 4 * NCPU);
+BPF_TABLE("array", u32, struct scratch_bytes, lat_scratch, SCRATCH_PLACES * NCPU);
 BPF_TABLE("hash", u32, u32, lat_slots, SIZED_LATER);
 BPF_QUEUE(lat_free, u32, SIZED_LATER);
 BPF_TASK_STORAGE(lat_tasks, struct thread_state_bytes);
@@ -108,6 +132,11 @@ static inline struct control *control(void)
 	u32 zero = 0;
 
 	return (struct control *)lat_control.lookup(&zero);
+}
+
+static inline void take_token(struct control *o)
+{
+	__sync_fetch_and_add(&o->tokens, -1);
 }
 
 static inline void copy_comm(char *to, u64 task)

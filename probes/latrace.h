@@ -122,12 +122,12 @@ struct cpu_state {
 	u64 next_key;
 
 	u64 rows, stacks, slices, sleeps, samples;
-	u64 lost_waits, lost_stacks, lost_threads;	/* the ring was full */
+	u64 lost_waits, lost_stacks, lost_threads, lost_slices;	/* the ring was full */
 	u64 missed_stacks;		/* the thread never came by to have it taken */
 	u64 discarded, no_start, missed_switches, recovered, no_storage, open_at_start;
 	/* the kernel's books, task->sched_info */
 	u64 timed_waits, timed_ns, kernel_ns, kernel_count, blind_waits, blind_ns, unbooked;
-	u64 pad[4];			/* no two CPUs share a cache line */
+	u64 pad[3];			/* no two CPUs share a cache line */
 };
 
 struct comm_pattern { u64 value[2], mask[2]; };

@@ -4,10 +4,6 @@
  * their size does not matter.
  */
 
-/* Where stacks are gathered before they are sent. A waker can be an interrupt that came while
- * another stack was being taken on this CPU, so each place has its own. */
-enum scratch_place { SCRATCH_WAKER, SCRATCH_WAKER_IRQ, SCRATCH_VICTIM, SCRATCH_SAMPLE, SCRATCH_PLACES };
-
 static inline struct scratch *scratch_at(u32 place)
 {
 	u32 slot = bpf_get_smp_processor_id() * SCRATCH_PLACES + place;

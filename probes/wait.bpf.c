@@ -34,23 +34,30 @@ static inline u8 waker_context(void *ctx, u64 task)
 	return count & 0x100 ? CTX_SOFTIRQ : CTX_TASK;	/* SOFTIRQ_OFFSET: serving one */
 }
 
+/* The waker, and one step further where that is a target too: how long it had waited itself, and
+ * who had woken it. */
 static inline void set_waker(struct thread_state *s, u64 waker)
 {
+	struct thread_state *w;
+
 	s->waker_tid = LD32(waker, OFF_TASK_PID);
 	s->waker_tgid = LD32(waker, OFF_TASK_TGID);
 	copy_comm(s->waker, waker);
+	if (!is_target(waker))
+		return;
+	w = lat_tasks.task_storage_get((void *)waker, 0, 0);
+	if (w) {
+		s->waker_wait_ns = w->done_wait_ns;
+		s->waker2_tid = w->waker_tid;
+	}
 }
 
 static inline void no_waker(struct thread_state *s)
 {
-	s->waker_tid = s->waker_tgid = 0;
+	s->waker_tid = s->waker_tgid = s->waker2_tid = 0;
+	s->waker_wait_ns = 0;
 	*(u64 *)s->waker = 0;
 	*(u64 *)(s->waker + 8) = 0;
-}
-
-static inline void take_token(struct control *o)
-{
-	__sync_fetch_and_add(&o->tokens, -1);
 }
 
 int lat_waking(u64 *ctx)
@@ -71,10 +78,9 @@ int lat_waking(u64 *ctx)
 		return 0;
 	waker = get_current_task_btf();
 	s->waker_ctx = waker_context(ctx, waker);
+	no_waker(s);
 	if (s->waker_ctx == CTX_TASK)
 		set_waker(s, waker);
-	else
-		no_waker(s);
 	s->waker_key = s->blocked_weight_ns = 0;
 	if (began == 2)
 		return 0;
@@ -101,17 +107,22 @@ int lat_waking(u64 *ctx)
 /* On a run queue: on the waker's CPU in the same call, or on its own after an interrupt. */
 int lat_wakeup(u64 *ctx)
 {
-	u64 task = ARG(ctx, 0);
+	u64 task = ARG(ctx, 0), now;
 	struct thread_state *s;
 
 	s = target_state(task);
 	if (!s)
 		return 0;
-	if (wait_queued(&s->wait, bpf_ktime_get_ns())) {
+	now = bpf_ktime_get_ns();
+	if (wait_queued(&s->wait, now)) {
 		no_waker(s);
 		s->waker_ctx = CTX_UNKNOWN;
 		s->waker_key = s->blocked_weight_ns = 0;
 		s->blocked_acc_ns += s->wait.blocked_ns;
+	}
+	if (s->wait.place == PLACE_WAITING && !s->queue_cpu) {
+		cause_queued(s, task, now, now > s->wait.start_ns ? now - s->wait.start_ns : 0);
+		cause_throttled(s, task);
 	}
 	return 0;
 }
@@ -119,13 +130,17 @@ int lat_wakeup(u64 *ctx)
 /* The first wait of a new thread: its parent is the waker. */
 int lat_wakeup_new(u64 *ctx)
 {
-	u64 task = ARG(ctx, 0);
+	u64 task = ARG(ctx, 0), now;
 	struct thread_state *s;
 
 	s = target_state(task);
 	if (!s)
 		return 0;
-	wait_start(&s->wait, bpf_ktime_get_ns(), WAIT_NEW);
+	now = bpf_ktime_get_ns();
+	wait_start(&s->wait, now, WAIT_NEW);
+	cause_queued(s, task, now, 0);
+	cause_throttled(s, task);
+	no_waker(s);
 	set_waker(s, get_current_task_btf());
 	s->waker_ctx = CTX_TASK;
 	s->waker_key = s->blocked_weight_ns = 0;
@@ -138,8 +153,12 @@ int lat_migrate(u64 *ctx)
 	struct thread_state *s;
 
 	s = target_state(task);
-	if (s && s->wait.place == PLACE_WAITING && s->wait.migrations < 0xffff)
+	if (!s || s->wait.place != PLACE_WAITING)
+		return 0;
+	if (s->wait.migrations < 0xffff)
 		s->wait.migrations++;
+	if (s->queue_cpu)	/* else no queue was chosen yet */
+		cause_moved(s, task, ARG(ctx, 1), bpf_ktime_get_ns());
 	return 0;
 }
 
@@ -162,6 +181,7 @@ static inline void leave(u64 task, u64 now, int runnable, int dead)
 	if (!s || !c)
 		return;
 	look_at_books(c, s, task, s->wait.place == PLACE_ON_CPU || s->wait.place == PLACE_UNKNOWN);
+	cause_unqueued(s);	/* where it was not seen to get the CPU */
 	if (dead) {
 		s->wait.place = PLACE_ON_CPU;
 		send_thread(task, s, THREAD_EXIT, 0);
@@ -169,6 +189,8 @@ static inline void leave(u64 task, u64 now, int runnable, int dead)
 	}
 	wait_leave(&s->wait, now, runnable);
 	if (runnable) {
+		cause_queued(s, task, now, 0);
+		cause_throttled(s, task);
 		no_waker(s);
 		s->waker_ctx = CTX_UNKNOWN;
 		s->waker_key = s->blocked_weight_ns = 0;
@@ -192,55 +214,22 @@ static inline void want_stack(struct cpu_state *c, u64 key, u64 task)
 #endif
 }
 
-static inline void enter(u64 task, u64 now)
+/* Waits shorter than this have parts, and no slices: two cells more for each of many. */
+#define SLICED_NS 10000
+
+/* The row of a wait, if it gets one. */
+static inline void send_wait(struct thread_state *s, u64 task, u64 now, u64 wait, u64 wakeup,
+			     u8 place, u64 *causes)
 {
-	struct thread_state *s = state_of(task);
+	struct cpu_clock *k = clock_of(bpf_get_smp_processor_id());
 	struct cpu_state *c = this_cpu();
 	struct control *o = control();
 	struct wait_record *r;
-	u64 wait, wakeup, weight, key = 0;
-	int started;
-	u8 place;
+	u64 weight, key = 0;
+	u32 i;
 
-	if (!s || !c || !o)
+	if (!c || !o || !k)
 		return;
-	if (s->wait.place == PLACE_WAITING && s->wait.start_ns > now)
-		c->discarded++;
-	place = s->wait.place;
-	wait = wait_enter(&s->wait, now, &started);
-	if (!started) {
-		/* Already waiting when we came, or its wake-up was not seen. The kernel knows
-		 * since when: its run-queue clock was read a moment ago, in __schedule(). */
-		u64 queued = LD64(task, OFF_LAST_QUEUED), cfs_rq, rq, clock;
-
-		if (place == PLACE_UNKNOWN)
-			c->open_at_start++;
-		else
-			c->no_start++;
-		if (!queued)
-			return;
-		cfs_rq = LD64(task, OFF_SE_CFS_RQ);
-		rq = LD64(cfs_rq, OFF_CFS_RQ_RQ);
-		clock = LD64(rq, OFF_RQ_CLOCK);
-		if (clock < queued)
-			return;
-		wait = clock - queued;
-		s->wait.kind = WAIT_WAKEUP;
-		s->wait.blocked_ns = 0;
-		s->wait.queued_ns = 0;
-		s->wait.migrations = 0;
-		c->recovered++;
-		s->blocked_weight_ns = s->waker_key = 0;
-		no_waker(s);
-		s->waker_ctx = CTX_UNKNOWN;
-	}
-	wakeup = s->wait.queued_ns ? s->wait.queued_ns - (now - wait) : 0;
-	s->last_wait_ns = wait - wakeup + 1;	/* the kernel's clock starts when it is queued */
-	/* Preempted between setting its state to sleep and sleeping: runnable, yet the kernel opens
-	 * no entry for such a wait (sched_info_depart() asks task_is_running()). */
-	c->unbooked += !LD64(task, OFF_LAST_QUEUED);
-	count_wait(s, wait);
-
 	weight = sample_weight(&s->wait_acc_ns, wait, o->wait_period_ns, o->slow_ns, o->tokens > 0);
 	if (weight | s->blocked_weight_ns) {
 		if (s->wait.kind != WAIT_NEW) {
@@ -276,19 +265,95 @@ static inline void enter(u64 task, u64 now)
 	r->blocked_weight_ns = s->blocked_weight_ns;
 	r->stack_key = key;
 	r->waker_key = s->waker_key;
-	r->wakeup_ns = wakeup;
+	r->wakeup_ns = wakeup < ~0u ? wakeup : ~0u;
 	r->migrations = s->wait.migrations;
+#pragma unroll
+	for (i = 0; i < CAUSE_UNKNOWN; i++)
+		r->causes[i] = causes[i];
+	r->throttled_by = causes[CAUSE_THROTTLED] ? s->throttled_by : 0;
+	r->waker_wait_ns = s->waker_wait_ns;
+	r->waker2_tid = s->waker2_tid;
+	r->idle_elsewhere_us = 0;
 	lat_ring.ringbuf_submit(r, BPF_RB_NO_WAKEUP);
+	if (wait >= SLICED_NS && s->queue_cpu == bpf_get_smp_processor_id() + 1)
+		k->due_wait_ns = wait;
+}
+
+static inline void enter(u64 task, u64 now)
+{
+	struct thread_state *s = state_of(task);
+	struct cpu_state *c = this_cpu();
+	struct cpu_clock *k = clock_of(bpf_get_smp_processor_id());
+	u64 wait, wakeup, *causes;
+	int started;
+	u8 place;
+
+	if (!s || !c || !k)
+		return;
+	causes = k->due;
+	if (s->wait.place == PLACE_WAITING && s->wait.start_ns > now)
+		c->discarded++;
+	place = s->wait.place;
+	wait = wait_enter(&s->wait, now, &started);
+	if (!started) {
+		/* Already waiting when we came, or its wake-up was not seen. The kernel knows
+		 * since when: its run-queue clock was read a moment ago, in __schedule(). */
+		u64 queued = LD64(task, OFF_LAST_QUEUED), cfs_rq, rq, clock;
+
+		if (place == PLACE_UNKNOWN)
+			c->open_at_start++;
+		else
+			c->no_start++;
+		if (!queued) {
+			cause_unqueued(s);
+			return;
+		}
+		cfs_rq = LD64(task, OFF_SE_CFS_RQ);
+		rq = LD64(cfs_rq, OFF_CFS_RQ_RQ);
+		clock = LD64(rq, OFF_RQ_CLOCK);
+		if (clock < queued) {
+			cause_unqueued(s);
+			return;
+		}
+		wait = clock - queued;
+		s->wait.kind = WAIT_WAKEUP;
+		s->wait.blocked_ns = 0;
+		s->wait.queued_ns = 0;
+		s->wait.migrations = 0;
+		c->recovered++;
+		s->blocked_weight_ns = s->waker_key = 0;
+		no_waker(s);
+		s->waker_ctx = CTX_UNKNOWN;
+	}
+	wakeup = s->wait.queued_ns ? s->wait.queued_ns - (now - wait) : 0;
+	s->last_wait_ns = wait - wakeup + 1;	/* the kernel's clock starts when it is queued */
+	/* Preempted between setting its state to sleep and sleeping: runnable, yet the kernel opens
+	 * no entry for such a wait (sched_info_depart() asks task_is_running()). */
+	c->unbooked += !LD64(task, OFF_LAST_QUEUED);
+	causes_of_wait(s, task, now, wait, causes);
+	count_wait(s, wait, causes);
+	s->done_wait_ns = wait;
+	send_wait(s, task, now, wait, wakeup, place, causes);
+	cause_unqueued(s);
 }
 
 int lat_switch(u64 *ctx)
 {
 	u64 prev = ARG(ctx, 1), next = ARG(ctx, 2), now;
+	struct cpu_clock *k = clock_of(bpf_get_smp_processor_id());
 	int out = is_target(prev), in = is_target(next);
+	u64 gate;
 
-	if (!out && !in)
+	if (!k)
+		return 0;
+	gate = k->since_ns;
+	if (!out && !in && !gate)
 		return 0;
 	now = bpf_ktime_get_ns();
+	if (gate) {
+		account(k, now, clock_of_thread(prev), prev);
+		remember_stay(ctx, k, prev, now);
+	}
 	if (out) {
 #ifdef HAVE_PREV_STATE
 		u32 state = ARG(ctx, 3);
@@ -299,6 +364,9 @@ int lat_switch(u64 *ctx)
 	}
 	if (in)
 		enter(next, now);
+	next_stay(k, next, now);
+	if (k->due_wait_ns)
+		then_slices(ctx);
 	return 0;
 }
 

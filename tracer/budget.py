@@ -98,7 +98,8 @@ class Budget:
         if self._resting_ticks == 0:
             self._adapt_stacks()
         self._rest(elapsed)
-        rows = int(self.shared.cpus["rows"].sum() + self.shared.cpus["lost_waits"].sum())
+        counters = self.shared.counters()
+        rows = sum(counters[name] for name in ("rows", "slices", "lost_waits", "lost_slices"))
         rate, self._last_rows = (rows - self._last_rows) / elapsed, rows
         if self.options.min_ns is None:
             self._adapt_rows(rate, ring_used)

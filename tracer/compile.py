@@ -15,7 +15,7 @@ import latrace.probes
 
 from . import bpf
 from .btf import Btf
-from .compiled import Compiled, Program, with_maps
+from .compiled import Compiled, Program, with_call, with_maps
 from .errors import HostError
 
 PROBES = Path(latrace.probes.__path__[0])
@@ -28,7 +28,10 @@ SOURCES = (
     "kernel.h",
     "books.h",
     "stack.h",
+    "causes.h",
     "wait.bpf.c",
+    "slices.bpf.c",
+    "irq.bpf.c",
     "identity.bpf.c",
     "oncpu.bpf.c",
     "tasks.bpf.c",
@@ -44,6 +47,9 @@ _OFFSETS = {
     "OFF_TASK_STACK": ("task_struct", "stack"),
     "OFF_TASK_FLAGS": ("task_struct", "flags"),
     "OFF_TASK_ON_CPU": ("task_struct", "on_cpu"),
+    "OFF_TASK_CPU": ("task_struct", "thread_info.cpu"),
+    "OFF_TASK_POLICY": ("task_struct", "policy"),
+    "OFF_TASK_PRIO": ("task_struct", "prio"),
     "OFF_TASK_ON_RQ": ("task_struct", "on_rq"),
     "OFF_RUN_DELAY": ("task_struct", "sched_info.run_delay"),
     "OFF_PCOUNT": ("task_struct", "sched_info.pcount"),
@@ -51,6 +57,7 @@ _OFFSETS = {
     "OFF_SE_CFS_RQ": ("task_struct", "se.cfs_rq"),
     "OFF_CFS_RQ_RQ": ("cfs_rq", "rq"),
     "OFF_RQ_CLOCK": ("rq", "clock"),
+    "OFF_RQ_CURR": ("rq", "curr"),
     "OFF_CGROUP_KN": ("cgroup", "kn"),
     "OFF_CGROUP_ROOT": ("cgroup", "root"),
     "OFF_CGROUP_PARENT": ("cgroup", "self.parent"),
@@ -63,6 +70,15 @@ _OFFSETS = {
 _OPTIONAL_OFFSETS = {
     "OFF_TASK_STATE": ("task_struct", "__state"),  # `state` before 2f064a59a11f (5.14)
     "OFF_TASK_PREEMPT_COUNT": ("task_struct", "thread_info.preempt_count"),  # arm64
+    "OFF_TASK_GROUP": ("task_struct", "sched_task_group"),  # CONFIG_CGROUP_SCHED
+    "OFF_TG_CGROUP": ("task_group", "css.cgroup"),
+    "OFF_TG_PARENT": ("task_group", "parent"),
+    "OFF_TG_CFS_RQ": ("task_group", "cfs_rq"),
+    "OFF_CFS_RQ_TG": ("cfs_rq", "tg"),
+    "OFF_CFS_RQ_THROTTLED": ("cfs_rq", "throttled"),  # CONFIG_CFS_BANDWIDTH
+    "OFF_CFS_RQ_THROTTLED_SELF": ("cfs_rq", "throttled_clock_self"),
+    "OFF_CFS_RQ_THROTTLED_SELF_TIME": ("cfs_rq", "throttled_clock_self_time"),
+    "OFF_TASK_THROTTLED": ("task_struct", "throttled"),  # quota by task (6.18)
     "OFF_REGS_SYSCALL": ("pt_regs", "orig_ax"),  # x86, as the next two
     "OFF_REGS_IP": ("pt_regs", "ip"),
     "OFF_REGS_FP": ("pt_regs", "bp"),
@@ -78,6 +94,17 @@ _TRACEPOINTS = {
     "lat_exec": "sched_process_exec",
     "lat_rename": "task_rename",
 }
+# Interrupts: entry and exit each, where this kernel (and architecture) has them.
+_INTERRUPTS = (
+    "irq_handler",
+    "local_timer",
+    "reschedule",
+    "call_function",
+    "call_function_single",
+    "irq_work",
+)
+# Function → the one that it calls, as a function of its own.
+_CALLS = {"lat_switch": "lat_slices"}
 ITERATORS = ("lat_iter_seed", "lat_iter_end")
 ON_CPU = "lat_on_cpu"
 """Runs at the tick of a clock: see tracer/sampling.py."""
@@ -85,6 +112,9 @@ MAPS = (
     "lat_targets",
     "lat_control",
     "lat_cpus",
+    "lat_clocks",
+    "lat_own",
+    "lat_stays",
     "lat_hist",
     "lat_scratch",
     "lat_slots",
@@ -180,8 +210,16 @@ def compile_probes(btf: Btf, switches: dict[str, int]) -> Compiled:
         wanted["lat_cgroup_attach"] = "cgroup_attach_task"
     if user_stacks:
         wanted["lat_sched_exit"] = "sched_exit_tp"
+    wanted |= _interrupt_programs(btf)
     attach = {name: btf.tracepoint(tracepoint) for name, tracepoint in wanted.items()}
     attach |= dict.fromkeys(ITERATORS, btf.function("bpf_iter_task")) | {ON_CPU: None}
+
+    def finished(function: str) -> bytes:
+        code: bytes = module.dump_func(function.encode())
+        if called := _CALLS.get(function):
+            code = with_call(code, module.dump_func(called.encode()))
+        return code
+
     try:
         fds = {name: bcc.lib.bpf_table_fd(module.module, name.encode()) for name in MAPS}
         numbers = {fd: number for number, fd in enumerate(fds.values())}
@@ -190,7 +228,7 @@ def compile_probes(btf: Btf, switches: dict[str, int]) -> Compiled:
             tuple(
                 Program(
                     name,
-                    with_maps(module.dump_func(name.encode()), numbers),
+                    with_maps(finished(name.partition(":")[0]), numbers),
                     0 if name == ON_CPU else _known(name, type_id),
                     name in ITERATORS,
                     bpf.TYPE_PERF_EVENT if name == ON_CPU else bpf.TYPE_TRACING,
@@ -200,6 +238,16 @@ def compile_probes(btf: Btf, switches: dict[str, int]) -> Compiled:
         )
     finally:
         module.cleanup()
+
+
+def _interrupt_programs(btf: Btf) -> dict[str, str]:
+    """Program → tracepoint; one function at several is `function:interrupt`."""
+    programs = {"lat_softirq_entry": "softirq_entry", "lat_softirq_exit": "softirq_exit"}
+    for interrupt in _INTERRUPTS:
+        if btf.tracepoint(f"{interrupt}_entry") and btf.tracepoint(f"{interrupt}_exit"):
+            for end in ("entry", "exit"):
+                programs[f"lat_irq_{end}:{interrupt}"] = f"{interrupt}_{end}"
+    return programs
 
 
 def _known(name: str, type_id: int | None) -> int:

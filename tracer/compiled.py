@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass
 
 # include/uapi/linux/bpf.h
 _LOAD_IMMEDIATE_64, _PSEUDO_MAP_FD = 0x18, 1
+_CALL, _PSEUDO_CALL = 0x85, 1
+_CALL_HERE = 0x7FFFFFFF  # then_slices in probes/kernel.h: no helper has this number
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,4 +82,17 @@ def with_maps(instructions: bytes, numbers: dict[int, int] | list[int]) -> bytes
         if code[at] == _LOAD_IMMEDIATE_64 and code[at + 1] >> 4 == _PSEUDO_MAP_FD:
             number = int.from_bytes(code[at + 4 : at + 8], "little")
             code[at + 4 : at + 8] = numbers[number].to_bytes(4, "little")
+    return bytes(code)
+
+
+def with_call(caller: bytes, callee: bytes) -> bytes:
+    """Put a function behind the one that calls it, where the caller marks the call.
+
+    The immediate of a call within a program is the distance from the next instruction.
+    """
+    code = bytearray(caller + callee)
+    for at in range(0, len(caller), 8):
+        if code[at] == _CALL and code[at + 4 : at + 8] == _CALL_HERE.to_bytes(4, "little"):
+            code[at + 1] |= _PSEUDO_CALL << 4
+            code[at + 4 : at + 8] = ((len(caller) - at) // 8 - 1).to_bytes(4, "little")
     return bytes(code)

@@ -156,3 +156,12 @@ def context_switches() -> int:
         if line.startswith("ctxt "):
             return int(line.split()[1])
     return 0
+
+
+def steal_ns() -> int:
+    """How long this host's CPUs were kept from it by its hypervisor, since boot, summed."""
+    for line in Path("/proc/stat").read_text().splitlines():
+        if line.startswith("cpu "):
+            fields = line.split()
+            return int(fields[8]) * 1_000_000_000 // os.sysconf("SC_CLK_TCK")
+    return 0

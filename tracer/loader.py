@@ -166,7 +166,7 @@ def _create(each: Map) -> int:
 def _load_program(program: Program, fds: list[int]) -> int:
     try:
         return bpf.load_program(
-            program.name,
+            program.name.partition(":")[0],
             with_maps(program.instructions, fds),
             attach_type_id=program.attach_type_id,
             iterator=program.iterator,

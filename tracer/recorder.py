@@ -15,13 +15,14 @@ from .records import (
     CAUSES,
     CELL_BYTES,
     SAMPLE,
+    SLICE,
     THREAD,
     WAIT,
     Place,
     Record,
     ThreadEvent,
 )
-from .rows import sample_columns, wait_columns
+from .rows import sample_columns, slice_columns, wait_columns
 from .stacks import NamedStacks, Naming, StackCells
 from .unwind import user_frames
 from .writer import CaptureWriter
@@ -37,6 +38,7 @@ _OPEN = {Place.WAITING: "waiting", Place.UNKNOWN: "waiting", Place.BLOCKED: "blo
 # Record → its dtype, table, a time in it, its columns, and the keys of the stacks it refers to.
 _ROWS: dict[Record, tuple[np.dtype[np.void], str, str, Callable[..., Any], tuple[str, ...]]] = {
     Record.WAIT: (WAIT, "waits", "run_ns", wait_columns, ("stack_key", "waker_key")),
+    Record.SLICE: (SLICE, "slices", "victim_run_ns", slice_columns, ("stack_key",)),
     Record.SAMPLE: (SAMPLE, "samples", "ts_ns", sample_columns, ("stack_key",)),
 }
 

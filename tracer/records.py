@@ -220,6 +220,7 @@ CPU_STATE = np.dtype(
         ("lost_waits", "<u8"),
         ("lost_stacks", "<u8"),
         ("lost_threads", "<u8"),
+        ("lost_slices", "<u8"),
         ("missed_stacks", "<u8"),
         ("discarded", "<u8"),
         ("no_start", "<u8"),
@@ -234,7 +235,7 @@ CPU_STATE = np.dtype(
         ("blind_waits", "<u8"),
         ("blind_ns", "<u8"),
         ("unbooked", "<u8"),
-        ("pad", "<u8", 4),
+        ("pad", "<u8", 3),
     ]
 )
 CONTROL = np.dtype(

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from .cgroups import cgroup_name
 from .records import CAUSES, WAIT_KINDS, WAKER_CONTEXTS, Record
 from .syscalls import syscall_name
 
@@ -74,6 +74,9 @@ def wait_columns(
         "waker_stack": waker_stacks,
         "wakeup_ns": waits["wakeup_ns"].astype(np.uint64),
         "migrations": waits["migrations"].astype(np.uint32),
+        "waker_wait_ns": waits["waker_wait_ns"],
+        "waker2_tid": id_or_none("waker2_tid"),
+        "throttled_by": names_from_codes(waits["throttled_by"], cgroup_name),
         **cause_columns(waits["causes"], waits["wait_ns"]),
     }
 
@@ -86,24 +89,58 @@ def cause_columns(
     return known | {"unknown_ns": wait_ns - causes.sum(axis=1, dtype=np.uint64)}
 
 
+# include/uapi/linux/sched.h, and enum softirq_action's order in include/linux/interrupt.h.
+_POLICIES = ("other", "fifo", "rr", "batch", None, "idle", "deadline", "ext")
+_VECTORS = (
+    "HI",
+    "TIMER",
+    "NET_TX",
+    "NET_RX",
+    "BLOCK",
+    "IRQ_POLL",
+    "TASKLET",
+    "SCHED",
+    "HRTIMER",
+    "RCU",
+)
+
+
+def slice_columns(slices: npt.NDArray[np.void], stacks: npt.NDArray[np.int32]) -> dict[str, Any]:
+    """Columns of the table `slices`; `slices`: shape (n,) of dtype SLICE."""
+    from .writer import names_from_bytes, names_from_codes  # noqa: PLC0415 - as above
+
+    thread = slices["tid"] != 0  # else an interrupt
+    softirq = slices["cause"] == CAUSES.index("softirq")
+
+    def of_thread(name: str, codes: int) -> npt.NDArray[np.int32]:
+        return np.where(thread, slices[name].astype(np.int32), np.int32(codes))
+
+    return {
+        "start_ns": slices["start_ns"],
+        "dur_ns": slices["dur_ns"],
+        "cpu": slices["cpu"],
+        "tid": of_thread("tid", -1),
+        "tgid": of_thread("tgid", -1),
+        "comm": names_from_bytes(slices["comm"]),
+        "cgroup": names_from_codes(slices["cgroup"], cgroup_name),
+        "policy": names_from_codes(
+            of_thread("policy", -1), lambda code: _POLICIES[code] if 0 <= code < 8 else None
+        ),
+        "prio": slices["prio"].astype(np.int32),
+        "cause": _coded(slices["cause"], CAUSES),
+        "vector": names_from_codes(
+            np.where(softirq, slices["vector"].astype(np.int32), -1),
+            lambda code: _VECTORS[code] if 0 <= code < len(_VECTORS) else None,
+        ),
+        "stack": stacks,
+        "weight_ns": slices["weight_ns"],
+        "victim_tid": slices["victim_tid"],
+        "victim_run_ns": slices["victim_run_ns"],
+    }
+
+
 def sample_columns(samples: npt.NDArray[np.void], stacks: npt.NDArray[np.int32]) -> dict[str, Any]:
     """Columns of the table `samples`; `samples`: shape (n,) of dtype SAMPLE."""
     return {name: samples[name] for name in ("ts_ns", "tid", "tgid", "cpu", "weight_ns")} | {
         "stack": stacks
     }
-
-
-def cgroup_of(tgid: int) -> str:
-    """The cgroup that limits a process's CPU: the v1 `cpu` one or, else, the v2 one; "" if gone."""
-    try:
-        lines = Path(f"/proc/{tgid}/cgroup").read_text("utf-8", "backslashreplace").splitlines()
-    except OSError:
-        return ""
-    unified = ""
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if "cpu" in controllers.split(","):
-            return path
-        if not controllers:
-            unified = path
-    return unified

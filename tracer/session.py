@@ -27,14 +27,15 @@ from latrace.analysis import histogram
 from . import bpf, loader
 from .alive import Alive
 from .budget import Budget
-from .cost import Cost
+from .cgroups import cgroup_of, limited_since, limits
+from .cost import Cost, steal_ns
 from .errors import LatraceError, NoTargetError
 from .membership import members, write_rules
 from .options import Options
 from .processes import read_task
 from .records import STACK, THREAD, Record, ThreadEvent
 from .ring import Ring
-from .rows import cgroup_of, split
+from .rows import split
 from .sampling import Sampler
 from .shared import TARGET_PROCESS, TARGET_THREAD, Shared
 
@@ -124,6 +125,7 @@ class Tracer:
         undo.callback(self._sampler.close)
         self._probes.attach()
         self._sampler.start()
+        self._limits, self._steal_ns = limits(), steal_ns()
         self._start_ns, self._start_realtime_ns = time.monotonic_ns(), time.time_ns()
         write_rules(self._shared.control, options)
         self._shared.targets[list(options.tids)] |= TARGET_THREAD
@@ -310,15 +312,17 @@ class Tracer:
 
     def _quality(self) -> dict[str, Any]:
         counters = self._shared.counters()
-        self._budget.note_loss(counters["lost_waits"] + counters["lost_threads"])
+        lost = counters["lost_waits"] + counters["lost_threads"] + counters["lost_slices"]
+        self._budget.note_loss(lost)
         return {
             "waits": int(self._shared.hist["kinds"].sum()),
             "rows": counters["rows"],
             "samples": counters["samples"],
             "samples_lowest_hz": self._sampler.lowest_hz,
             "samples_refused": self._sampler.refused,
-            "lost_events": counters["lost_waits"] + counters["lost_threads"],
+            "lost_events": lost,
             "lost_threads": counters["lost_threads"],
+            "lost_slices": counters["lost_slices"],
             "lost_stacks": counters["lost_stacks"]
             + counters["missed_stacks"]
             + self._recorder.lost_stacks,
@@ -394,6 +398,8 @@ class Tracer:
         self._recorder.update_manifest(
             {
                 "end_ns": end_ns,
+                "cgroups_limited": limited_since(self._limits),
+                "steal_ns": steal_ns() - self._steal_ns,
                 "quality": {"open_at_end": open_at_end, "symbols": symbols},
                 "overhead": self._cost.report(),
             }

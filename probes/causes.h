@@ -1,0 +1,479 @@
+/* SPDX-License-Identifier: MIT OR GPL-2.0-only */
+/* Why a thread waits: what its CPU does meanwhile, in parts that add up.
+ *
+ * Each CPU has clocks of how long it was in hard interrupts, in softirqs, idle, in kernel threads
+ * and in user threads. A wait notes the clocks when it begins and subtracts them when it ends; a
+ * waiting thread that moves takes what it has to the clocks of the next CPU. A process has a
+ * clock of its own threads beside them: `own` is its part, `other` the rest of the user threads'.
+ *
+ * The clocks run only while a target waits on that CPU: elsewhere a switch or an interrupt costs
+ * one look. Whoever begins the first wait, maybe on another CPU, starts them by setting
+ * `since_ns`; the first event on the CPU itself then tells what it was doing since: a switch tells
+ * the thread that leaves, the end of an interrupt an interrupt. So the parts sum to the wait to
+ * the nanosecond. Where another CPU's clocks kept changing while they were read, the wait's
+ * parts are unknown.
+ */
+
+enum clock { CLOCK_IRQ, CLOCK_SOFTIRQ, CLOCK_IDLE, CLOCK_KTHREAD, CLOCK_USER, CLOCK_OWN };
+
+#define STAYS 64		/* remembered on each CPU */
+#define OWN_CLOCKS 1024		/* processes by hash, on each CPU */
+
+struct cpu_clock {
+	u64 begun, done;		/* changes: one is under way while they differ */
+	u64 since_ns;			/* accounted up to here; 0: the clocks stand */
+	s64 waiting;			/* targets on this CPU's queue */
+	u64 ns[CLOCK_OWN];
+	u64 doing, doing_tgid;		/* the clock that runs now, as far as is known */
+	u64 vector;			/* of the softirq under way, + 1 */
+	u64 stay_ns;			/* the thread on the CPU is known to be there since */
+	u64 stay_irq_ns, stay_softirq_ns, stay_vector;
+	u64 stays;			/* remembered so far */
+	u64 culprit_acc_ns;		/* see sample.h */
+	u64 due_wait_ns, due[CAUSES];	/* the wait that ended just now, for lat_slices */
+	/* What programs on this CPU work with, interrupts off: on the stack of a program the verifier
+	 * would follow every value. */
+	struct clocks had;
+	u64 pad[6];			/* no two CPUs share a cache line */
+};
+
+/* One process on one CPU: how long its threads ran there. Of those that share a hash, the one
+ * that waited there last has it. */
+struct own_clock { u64 tgid, ns; };
+
+/* A thread's time on a CPU where a target waited. */
+struct stay {
+	u64 start_ns, end_ns, irq_ns, softirq_ns;
+	u32 tid, tgid;
+	u64 cgroup, stack_key, weight_ns;
+	char comm[COMM_BYTES];
+	s16 prio;
+	u8 policy, clock, vector, pad[3];
+};
+
+BYTES_OF(cpu_clock);
+BYTES_OF(own_clock);
+BYTES_OF(stay);
+BPF_TABLE("array", u32, struct cpu_clock_bytes, lat_clocks, NCPU);
+BPF_TABLE("array", u32, struct own_clock_bytes, lat_own, NCPU * OWN_CLOCKS);
+BPF_TABLE("array", u32, struct stay_bytes, lat_stays, NCPU * STAYS);
+
+static inline struct cpu_clock *clock_of(u32 cpu)
+{
+	return (struct cpu_clock *)lat_clocks.lookup(&cpu);
+}
+
+static inline struct own_clock *own_clock_of(u32 cpu, u32 tgid)
+{
+	u32 i = cpu * OWN_CLOCKS + tgid % OWN_CLOCKS;
+
+	return (struct own_clock *)lat_own.lookup(&i);
+}
+
+static inline u64 clock_of_thread(u64 task)
+{
+	if (!LD32(task, OFF_TASK_PID))
+		return CLOCK_IDLE;
+	return LD32(task, OFF_TASK_FLAGS) & PF_KTHREAD ? CLOCK_KTHREAD : CLOCK_USER;
+}
+
+/* An event on this CPU: up to `now` it did `clock`, in `task`. Interrupts come in the middle of
+ * softirqs and of their programs, so a stretch of time is taken by exchange: once. */
+static inline void account(struct cpu_clock *k, u64 now, u64 clock, u64 task)
+{
+	u64 since = k->since_ns, tgid = LD32(task, OFF_TASK_TGID), ns;
+	struct own_clock *own;
+
+	__sync_fetch_and_add(&k->begun, 1);
+	if (__sync_val_compare_and_swap(&k->since_ns, since, k->waiting > 0 ? now : 0) == since &&
+	    since && now > since && clock < CLOCK_OWN) {
+		ns = now - since;
+		__sync_fetch_and_add(&k->ns[clock], ns);
+		if (clock == CLOCK_USER) {
+			own = own_clock_of(bpf_get_smp_processor_id(), tgid);
+			if (own && own->tgid == tgid)
+				__sync_fetch_and_add(&own->ns, ns);
+		} else if (clock == CLOCK_IRQ) {
+			k->stay_irq_ns += ns;
+		} else if (clock == CLOCK_SOFTIRQ) {
+			k->stay_softirq_ns += ns;
+		}
+	}
+	__sync_fetch_and_add(&k->done, 1);
+}
+
+/* The clocks of a CPU as of now, from any CPU. Returns 0 when they kept changing. */
+static inline int read_clocks(struct cpu_clock *k, struct own_clock *own, u64 tgid, u64 now,
+			      struct clocks *to)
+{
+	u32 try;
+
+	LOOP (try = 0; try < 4; try++) {
+		u64 done = __sync_fetch_and_add(&k->done, 0), since = k->since_ns, ns = 0;
+		u64 doing = k->doing;
+
+		if (since && now > since)
+			ns = now - since;
+		to->ns[CLOCK_IRQ] = k->ns[CLOCK_IRQ] + (doing == CLOCK_IRQ ? ns : 0);
+		to->ns[CLOCK_SOFTIRQ] = k->ns[CLOCK_SOFTIRQ] + (doing == CLOCK_SOFTIRQ ? ns : 0);
+		to->ns[CLOCK_IDLE] = k->ns[CLOCK_IDLE] + (doing == CLOCK_IDLE ? ns : 0);
+		to->ns[CLOCK_KTHREAD] = k->ns[CLOCK_KTHREAD] + (doing == CLOCK_KTHREAD ? ns : 0);
+		to->ns[CLOCK_USER] = k->ns[CLOCK_USER] + (doing == CLOCK_USER ? ns : 0);
+		to->ns[CLOCK_OWN] =
+			own->ns + (doing == CLOCK_USER && k->doing_tgid == tgid ? ns : 0);
+		if (__sync_fetch_and_add(&k->begun, 0) == done)
+			return 1;
+	}
+	return 0;
+}
+
+/* Note the clocks of the CPU on whose queue the thread is from `now` on. `had`: what the wait has
+ * of each so far. Starts the clocks where they stand; the thread on that CPU is then taken to have
+ * been there for `before_ns`. */
+static inline void note_clocks(struct thread_state *s, u64 task, u32 cpu, u64 now, u64 before_ns,
+			       u64 doing, u64 doing_tgid, struct clocks *had)
+{
+	u64 tgid = LD32(task, OFF_TASK_TGID);
+	struct own_clock *own = own_clock_of(cpu, tgid);
+	struct cpu_clock *k = clock_of(cpu);
+	u32 i;
+
+	if (!k || !own)
+		return;
+	own->tgid = tgid;
+	s->queue_cpu = cpu + 1;
+	s->here_ns = now - before_ns;
+	__sync_fetch_and_add(&k->waiting, 1);
+	if (!__sync_val_compare_and_swap(&k->since_ns, 0, now)) {
+		k->doing = doing;
+		k->doing_tgid = doing_tgid;
+		k->vector = 0;
+		k->stay_ns = now - before_ns;
+		k->stay_irq_ns = k->stay_softirq_ns = k->stay_vector = 0;
+	}
+	s->clocks_known = read_clocks(k, own, tgid, now, &s->clocks);
+#pragma unroll
+	for (i = 0; i < CLOCKS; i++)
+		s->clocks.ns[i] -= had->ns[i];
+}
+
+static inline struct clocks *no_clocks(void)
+{
+	struct cpu_clock *k = clock_of(bpf_get_smp_processor_id());
+	u32 i;
+
+	if (!k)
+		return 0;
+#pragma unroll
+	for (i = 0; i < CLOCKS; i++)
+		k->had.ns[i] = 0;
+	return &k->had;
+}
+
+/* It is on a queue since now; for `before_ns` it was on its way there: sched_waking comes before a
+ * CPU is chosen, and where an interrupt brings it to another one, that takes a while. What the CPU
+ * does now, interrupts left aside, it is taken to have done since. */
+static inline void cause_queued(struct thread_state *s, u64 task, u64 now, u64 before_ns)
+{
+	u64 current = LD64(LD64(LD64(task, OFF_SE_CFS_RQ), OFF_CFS_RQ_RQ), OFF_RQ_CURR);
+	u64 clock = clock_of_thread(current);
+	struct clocks *had = no_clocks();
+
+	if (!had)
+		return;
+	if (clock == CLOCK_IDLE)
+		had->ns[CLOCK_IDLE] = before_ns;
+	else if (clock == CLOCK_KTHREAD)
+		had->ns[CLOCK_KTHREAD] = before_ns;
+	else
+		had->ns[CLOCK_USER] = before_ns;
+	if (clock == CLOCK_USER && LD32(current, OFF_TASK_TGID) == LD32(task, OFF_TASK_TGID))
+		had->ns[CLOCK_OWN] = before_ns;
+	s->moves = 0;
+	note_clocks(s, task, LD32(task, OFF_TASK_CPU), now, before_ns, clock,
+		    LD32(current, OFF_TASK_TGID), had);
+}
+
+/* What the wait has of each clock up to now, in this CPU's `had`. 0: that is not known. */
+static inline struct clocks *clocks_had(struct thread_state *s, u64 task, u64 now)
+{
+	struct clocks *had = no_clocks();
+	u64 tgid = LD32(task, OFF_TASK_TGID);
+	u32 cpu = s->queue_cpu - 1, i;
+	struct own_clock *own = own_clock_of(cpu, tgid);
+	struct cpu_clock *k = clock_of(cpu);
+
+	if (!had || !k || !own || own->tgid != tgid || !s->clocks_known)
+		return 0;
+	if (!read_clocks(k, own, tgid, now, had))
+		return 0;
+#pragma unroll
+	for (i = 0; i < CLOCKS; i++)
+		had->ns[i] -= s->clocks.ns[i];
+	return had;
+}
+
+/* It leaves the queue it was on, to run or for another one. */
+static inline void cause_unqueued(struct thread_state *s)
+{
+	struct cpu_clock *k;
+
+	if (!s->queue_cpu)
+		return;
+	k = clock_of(s->queue_cpu - 1);
+	s->queue_cpu = 0;
+	if (k)
+		__sync_fetch_and_add(&k->waiting, -1);
+}
+
+/* What runs on another CPU, whose run queue no pointer with a type leads to. */
+static inline u64 running_on(u64 task, u32 cpu, u64 *tgid)
+{
+	u64 clock = CLOCK_OWN;	/* none */
+#ifdef OFF_TASK_GROUP
+	u64 at = LD64(LD64(task, OFF_TASK_GROUP), OFF_TG_CFS_RQ) + 8 * (u64)cpu;
+	u32 pid = 0, flags = 0, process = 0;
+
+	if (read_kernel(&at, 8, at) || read_kernel(&at, 8, at + OFF_CFS_RQ_RQ) ||
+	    read_kernel(&at, 8, at + OFF_RQ_CURR) || read_kernel(&pid, 4, at + OFF_TASK_PID) ||
+	    read_kernel(&process, 4, at + OFF_TASK_TGID) ||
+	    read_kernel(&flags, 4, at + OFF_TASK_FLAGS))
+		return clock;
+	*tgid = process;
+	clock = !pid ? CLOCK_IDLE : flags & PF_KTHREAD ? CLOCK_KTHREAD : CLOCK_USER;
+#endif
+	return clock;
+}
+
+/* It goes on waiting on another CPU's queue. */
+static inline void cause_moved(struct thread_state *s, u64 task, u32 cpu, u64 now)
+{
+	struct clocks *had = clocks_had(s, task, now);
+	u64 here_ns = s->here_ns, known = had != 0, clock = CLOCK_OWN, tgid = 0;
+	struct cpu_clock *k = clock_of(cpu);
+	u32 from = s->queue_cpu - 1;
+
+	if (!had)
+		had = no_clocks();
+	if (!had || !k)
+		return;
+	cause_unqueued(s);
+	if (!k->since_ns)
+		clock = running_on(task, cpu, &tgid);
+	note_clocks(s, task, cpu, now, 0, clock, tgid, had);
+	s->clocks_known &= known;
+	s->moved_from = from;
+	s->moved_from_ns = here_ns;
+	s->moves++;
+}
+
+#ifdef OFF_TASK_THROTTLED
+/* How long this group's threads could not run on their CPU for want of quota, so far, by the
+ * run queue's clock (kernel/sched/fair.c: tg_throttle_down(), tg_unthrottle_up()). */
+static inline u64 throttled_clock(u64 cfs_rq)
+{
+	u64 since = LD64(cfs_rq, OFF_CFS_RQ_THROTTLED_SELF);
+	u64 total = LD64(cfs_rq, OFF_CFS_RQ_THROTTLED_SELF_TIME);
+	u64 clock = LD64(LD64(cfs_rq, OFF_CFS_RQ_RQ), OFF_RQ_CLOCK);
+
+	return total + (since && clock > since ? clock - since : 0);
+}
+
+/* The group whose quota is used up: the thread's own or the nearest above it. */
+static inline u64 throttling_group(u64 cfs_rq)
+{
+	u64 group = LD64(cfs_rq, OFF_CFS_RQ_TG), parent;
+	u32 cpu, depth;
+
+	LOOP (depth = 0; depth < 16 && group; depth++) {
+		u64 queues = LD64(group, OFF_TG_CFS_RQ), queue = 0;
+
+		if (read_kernel(&queue, 8, queues + 8 * (u64)bpf_get_smp_processor_id()))
+			return 0;
+		if (queue && read_kernel(&cpu, 4, queue + OFF_CFS_RQ_THROTTLED) == 0 && cpu & 1) {
+			u64 cgroup = LD64(group, OFF_TG_CGROUP);
+
+			return cgroup ? LD64(LD64(cgroup, OFF_CGROUP_KN), OFF_KN_ID) : 0;
+		}
+		parent = LD64(group, OFF_TG_PARENT);
+		group = parent;
+	}
+	return 0;
+}
+#endif
+
+/* Its group has used up its quota: since 6.18 the kernel then takes each thread off the queue
+ * (throttle_cfs_rq_work(), enqueue_throttled_task()), and `throttled` says so. */
+static inline void cause_throttled(struct thread_state *s, u64 task)
+{
+	s->throttled = 0;
+#ifdef OFF_TASK_THROTTLED
+	if (LD8(task, OFF_TASK_THROTTLED)) {
+		u64 cfs_rq = LD64(task, OFF_SE_CFS_RQ);
+
+		s->throttled = 1;
+		s->throttled_clock = throttled_clock(cfs_rq);
+		s->throttled_by = throttling_group(cfs_rq);
+	}
+#endif
+}
+
+/* The last `queued` ns of a wait, by cause: what the CPU did after the quota came back. From the
+ * stays remembered, newest first. */
+static inline void causes_of_stays(u64 *causes, u32 cpu, u32 tgid, u64 now, u64 queued)
+{
+	struct cpu_clock *k = clock_of(cpu);
+	u64 from = now - queued, until = now;
+	u32 i;
+
+	if (!k)
+		return;
+	LOOP (i = 1; i <= STAYS; i++) {
+		u32 at = cpu * STAYS + (k->stays - i) % STAYS;
+		struct stay *y = (struct stay *)lat_stays.lookup(&at);
+		u64 ns, irq, softirq;
+
+		if (!y || i > k->stays || y->end_ns <= from || y->end_ns > until)
+			break;
+		until = y->start_ns > from ? y->start_ns : from;
+		ns = y->end_ns - until;
+		irq = y->irq_ns < ns ? y->irq_ns : ns;
+		softirq = y->softirq_ns < ns - irq ? y->softirq_ns : ns - irq;
+		causes[CAUSE_IRQ] += irq;
+		causes[CAUSE_SOFTIRQ] += softirq;
+		ns -= irq + softirq;
+		if (y->clock == CLOCK_IDLE)
+			causes[CAUSE_IDLE] += ns;
+		else if (y->clock == CLOCK_KTHREAD)
+			causes[CAUSE_KTHREAD] += ns;
+		else if (y->tgid == tgid)
+			causes[CAUSE_OWN] += ns;
+		else
+			causes[CAUSE_OTHER] += ns;
+		if (y->start_ns <= from)
+			break;
+	}
+}
+
+/* The wait that ends now, taken apart: causes[] in ns, summing to `wait`. */
+static inline void causes_of_wait(struct thread_state *s, u64 task, u64 now, u64 wait, u64 *causes)
+{
+	struct clocks *had = 0;
+	u64 sum, below, total;
+	u32 i;
+
+#pragma unroll
+	for (i = 0; i < CAUSES; i++)
+		causes[i] = 0;
+	if (s->queue_cpu)
+		had = clocks_had(s, task, now);
+	if (!had) {
+		causes[CAUSE_UNKNOWN] = wait;
+		return;
+	}
+#ifdef OFF_TASK_THROTTLED
+	if (s->throttled) {
+		u64 ns = throttled_clock(LD64(task, OFF_SE_CFS_RQ)) - s->throttled_clock;
+
+		if (ns > wait)
+			ns = wait;
+		causes_of_stays(causes, s->queue_cpu - 1, LD32(task, OFF_TASK_TGID), now, wait - ns);
+		causes[CAUSE_THROTTLED] = ns;
+	} else
+#endif
+	{
+		causes[CAUSE_IRQ] = had->ns[CLOCK_IRQ];
+		causes[CAUSE_SOFTIRQ] = had->ns[CLOCK_SOFTIRQ];
+		causes[CAUSE_IDLE] = had->ns[CLOCK_IDLE];
+		causes[CAUSE_KTHREAD] = had->ns[CLOCK_KTHREAD];
+		causes[CAUSE_OWN] = had->ns[CLOCK_OWN];
+		causes[CAUSE_OTHER] = had->ns[CLOCK_USER] - had->ns[CLOCK_OWN];
+	}
+	/* What another CPU was seen to do was a guess until its next event: a part may be some ns
+	 * below nothing then, and another as much too large. */
+	sum = below = 0;
+#pragma unroll
+	for (i = 0; i < CAUSE_UNKNOWN; i++) {
+		if ((s64)causes[i] < 0) {
+			below -= causes[i];
+			causes[i] = 0;
+		}
+		sum += causes[i];
+	}
+	total = sum > below ? sum - below : 0;
+	if (total < wait)
+		causes[CAUSE_UNKNOWN] = wait - total;
+	else
+		total = wait;
+	sum -= total;
+#pragma unroll
+	for (i = 0; i < CAUSE_UNKNOWN; i++) {
+		u64 cut = causes[i] < sum ? causes[i] : sum;
+
+		causes[i] -= cut;
+		sum -= cut;
+	}
+}
+
+/* The thread that leaves this CPU, where a target waits, into the stays; sometimes with a stack. */
+static inline void remember_stay(void *ctx, struct cpu_clock *k, u64 task, u64 now)
+{
+	u32 cpu = bpf_get_smp_processor_id(), at = cpu * STAYS + k->stays % STAYS;
+	struct stay *y = (struct stay *)lat_stays.lookup(&at);
+	struct cpu_state *c = this_cpu();
+	struct control *o = control();
+	u64 group;
+
+	if (!y || !c || !o)
+		return;
+	y->start_ns = k->stay_ns < now ? k->stay_ns : now;
+	y->end_ns = now;
+	y->irq_ns = k->stay_irq_ns;
+	y->softirq_ns = k->stay_softirq_ns;
+	y->vector = k->stay_vector;
+	y->tid = LD32(task, OFF_TASK_PID);
+	y->tgid = LD32(task, OFF_TASK_TGID);
+	y->clock = clock_of_thread(task);
+	y->stack_key = y->weight_ns = 0;
+	k->stays++;
+	if (y->clock == CLOCK_IDLE)
+		return;
+	copy_comm(y->comm, task);
+	y->policy = LD32(task, OFF_TASK_POLICY);
+	y->prio = LD32(task, OFF_TASK_PRIO);
+	y->cgroup = 0;
+#ifdef OFF_TASK_GROUP
+	group = LD64(LD64(task, OFF_TASK_GROUP), OFF_TG_CGROUP);
+	if (group)
+		y->cgroup = LD64(LD64(group, OFF_CGROUP_KN), OFF_KN_ID);
+#endif
+	y->weight_ns = sample_weight(&k->culprit_acc_ns, now - y->start_ns, o->wait_period_ns,
+				     o->slow_ns, o->tokens > 0);
+	if (y->weight_ns) {
+		u64 key = new_key(c);
+
+		take_token(o);
+		if (send_stack(ctx, c, key, task, y->clock == CLOCK_USER, SCRATCH_CULPRIT))
+			y->stack_key = key;
+		else
+			c->lost_stacks++;
+	}
+}
+
+/* `next` has this CPU from now on. The clocks stand when nobody waits for it; one who came at this
+ * very moment, from another CPU, starts them again. */
+static inline void next_stay(struct cpu_clock *k, u64 next, u64 now)
+{
+	if (!k->since_ns)
+		return;
+	k->doing = clock_of_thread(next);
+	k->doing_tgid = LD32(next, OFF_TASK_TGID);
+	k->vector = 0;
+	k->stay_ns = now;
+	k->stay_irq_ns = k->stay_softirq_ns = k->stay_vector = 0;
+	if (k->waiting <= 0) {
+		k->since_ns = 0;
+		if (__sync_fetch_and_add(&k->waiting, 0) > 0)
+			k->since_ns = now;
+	}
+}
