@@ -221,7 +221,12 @@ def entry(
     `whole_ns`: what its share is of; `stacks`: see `stack_numbers`; `elsewhere`: what it did in
     all waits, whose stacks are taken when these have none.
     """
-    policy, prio, cgroup = max(stay.how, key=lambda how: (stay.how[how], how), default=("", 0, ""))
+    scheduled: dict[tuple[str, int], int] = {}
+    cgroups: dict[str, int] = {}
+    for (policy, prio, cgroup), ns in stay.how.items():
+        scheduled[policy, prio] = scheduled.get((policy, prio), 0) + ns
+        cgroups[cgroup] = cgroups.get(cgroup, 0) + ns
+    hows = sorted(scheduled.items(), key=lambda how: (-how[1], how[0]))
     sampled = stay.stacks or (elsewhere.stacks if elsewhere else {})
     hottest = max(sampled, key=lambda number: (sampled[number], -number), default=-1)
     stack = stacks.get(hottest, NamedStack())
@@ -234,9 +239,12 @@ def entry(
         "vector": who.vector,
         "ns": stay.ns,
         "share": stay.ns / whole_ns if whole_ns else 0.0,
-        "policy": policy,
-        "prio": prio if policy else None,
-        "cgroup": cgroup,
+        "policy": hows[0][0][0] if hows else "",
+        "prio": hows[0][0][1] if hows and hows[0][0][0] else None,
+        "scheduled": [
+            {"policy": policy, "prio": prio, "ns": ns} for (policy, prio), ns in hows if policy
+        ],
+        "cgroup": max(cgroups, key=lambda cgroup: (cgroups[cgroup], cgroup), default=""),
         "stack": [*stack.kernel, *stack.user],
         "kernel_frames": len(stack.kernel),
         "mostly": _mostly(sampled, stacks),

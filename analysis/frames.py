@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,11 +68,15 @@ def name_stacks(capture: Capture, numbers: Iterable[int]) -> dict[int, NamedStac
     return found
 
 
+def telling(kernel: Sequence[str]) -> list[str]:
+    """Leave out of a kernel stack, leaf first, what every thread that leaves the CPU is in."""
+    return [name for name in kernel if name not in _SWITCHING]
+
+
 def _leaf(kernel: list[Mapping[str, Any]], user: list[Mapping[str, Any]]) -> str:
     if user:
         return str(user[0].get("symbol") or "") or _module(user[0])
-    telling = (str(line.get("symbol") or "") for line in kernel)
-    return next((name for name in telling if name and name not in _SWITCHING), "")
+    return next(filter(None, telling([str(line.get("symbol") or "") for line in kernel])), "")
 
 
 def _frame_name(frame: Mapping[str, Any]) -> str:

@@ -213,6 +213,7 @@ def _counted_threads(table: pa.Table) -> dict[tuple[int, int, int], dict[str, An
             "max_ns": line["max_wait_ns"],
             "blocked_ns": line["blocked_ns"],
             "by_cause_ns": by_cause(parts),
+            "cgroup": line["cgroup"] or "",
             "open": line["open"] or "",
             "open_ns": line["open_ns"],
         }

@@ -5,38 +5,45 @@ A pure function from a summary (`latrace.analysis.summary`) to text.
 
 from __future__ import annotations
 
-import textwrap
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from latrace.analysis.words import cells, duration, fit, pad, plural, share, size, visible
+from latrace.analysis import attribution_text
+from latrace.analysis.page import BOLD, LABEL, NUMBER, Page, comm, frames, who
+from latrace.analysis.words import cells, duration, fit, pad, percent, plural, share, size, visible
 
 Summary = Mapping[str, Any]
 
 _LISTED = 5
 _LISTED_STACKS = 3
 _LISTED_WARNINGS = 8
-_NUMBER = 11  # columns of a number, the gap before it included
-_LABEL = 13
 # The kernel reads its clock at other instructions than ours, and lets it stand still through a
 # wake-up that preempts: up to so much of a single wait is no disagreement.
 _CLOCK_STEP_NS = 5_000
 _AGREES = 0.005
 
-_BOLD, _DIM, _ALARM, _RESET = "\x1b[1m", "\x1b[2m", "\x1b[1;31m", "\x1b[0m"
 _KINDS = {"wakeup": "after a wake-up", "preempted": "preempted", "new": "newly started"}
 _CONTEXTS = {"hardirq": "a hardware interrupt", "softirq": "a soft interrupt"}
 
 
 def render_text(summary: Summary, *, width: int = 80, colour: bool = False) -> str:
     """Write the report; no line is wider than `width` columns (at least 60). Ends in a newline."""
-    page = _Page(max(width, 60), colour=colour)
+    page = Page(max(width, 60), colour=colour)
     _unfinished(page, summary)
-    page.line(_headline(summary, page.width), style=_BOLD)
+    page.line(_headline(summary, page.width), style=BOLD)
+    answer = attribution_text.answer(summary)
+    if answer:
+        page.prose(answer, indent="", style=BOLD)
+    _selected(page, summary)
     for warning in _warnings(summary):
         page.warn(warning)
     if summary["waits"]["count"]:
         _distribution(page, summary)
+        attribution_text.causes(page, summary)
+        attribution_text.quotas(page, summary)
+        attribution_text.threads(page, summary)
+    attribution_text.sleep_calls(page, summary)
+    if summary["waits"]["count"]:
         _processes(page, summary)
     _threads(page, summary)
     _wakers(page, summary)
@@ -46,55 +53,10 @@ def render_text(summary: Summary, *, width: int = 80, colour: bool = False) -> s
     return page.text()
 
 
-class _Page:
-    """Lines of one width."""
-
-    def __init__(self, width: int, *, colour: bool) -> None:
-        self.width = width
-        self._colour = colour
-        self._lines: list[str] = []
-
-    def line(self, text: str = "", *, style: str = "") -> None:
-        text = fit(text, self.width).rstrip()
-        self._lines.append(f"{style}{text}{_RESET}" if style and self._colour else text)
-
-    def prose(self, text: str, *, label: str = "", indent: str = "  ", style: str = "") -> None:
-        """Break a sentence into lines; those after the first hang below its first word."""
-        first = indent + (pad(label, _LABEL) if label else "")
-        wrapper = textwrap.TextWrapper(
-            width=self.width,
-            initial_indent=first,
-            subsequent_indent=" " * cells(first),
-            break_on_hyphens=False,
-        )
-        for piece in wrapper.wrap(text):
-            self.line(piece, style=style)
-
-    def warn(self, text: str) -> None:
-        self.prose(text, indent="!!! ", style=_ALARM)
-
-    def table(
-        self, title: str, heads: Sequence[str], rows: Iterable[tuple[str, list[str]]]
-    ) -> None:
-        """Write a table: names at the left, numbers at the right."""
-        room = self.width - _NUMBER * len(heads)
-        self.line()
-        self.line(pad(title, room) + "".join(head.rjust(_NUMBER) for head in heads), style=_BOLD)
-        for name, numbers in rows:
-            self.line(pad("  " + name, room) + "".join(number.rjust(_NUMBER) for number in numbers))
-
-    def more(self, total: int, shown: int) -> None:
-        if total > shown:
-            self.line(f"  and {total - shown:,} more", style=_DIM)
-
-    def text(self) -> str:
-        return "\n".join(self._lines) + "\n"
-
-
 # --- the answer --------------------------------------------------------------------------------
 
 
-def _unfinished(page: _Page, summary: Summary) -> None:
+def _unfinished(page: Page, summary: Summary) -> None:
     capture = summary["capture"]
     if not capture["complete"]:
         page.warn(
@@ -103,7 +65,7 @@ def _unfinished(page: _Page, summary: Summary) -> None:
         )
     elif capture["truncated"]:
         page.warn(f"This capture is cut off: rows are missing in {', '.join(capture['truncated'])}")
-    if summary["quality"]["totals_from_rows"]:
+    if summary["quality"]["totals_from_rows"] and not summary["selection"]:
         rows = plural(summary["quality"]["rows"], "recorded wait")
         page.warn(
             f"The exact counters were not written. The numbers below are summed from {rows}, "
@@ -112,20 +74,56 @@ def _unfinished(page: _Page, summary: Summary) -> None:
 
 
 def _headline(summary: Summary, width: int) -> str:
-    waits, seconds = summary["waits"], duration(summary["capture"]["duration_s"] * 1e9)
+    waits, selection = summary["waits"], summary["selection"]
+    ns = summary["capture"]["duration_s"] * 1e9
+    seconds = duration(selection["until_ns"] - selection["since_ns"] if selection else ns)
     if not waits["count"]:
-        return f"{_target(summary['capture']['targets'], width)}: no wait to run in {seconds}"
+        none = "no wait to run in this part" if selection else f"no wait to run in {seconds}"
+        return f"{_target(summary['capture']['targets'], width - cells(none) - 2)}: {none}"
     said = f": {plural(waits['count'], 'wait')} in {seconds}; P99 {duration(waits['p99_ns'])}"
     target = _target(summary["capture"]["targets"], width - cells(said))
     explained = " (wait to run)"
     return target + said + (explained if cells(target + said + explained) <= width else "")
 
 
+def _selected(page: Page, summary: Summary) -> None:
+    """Say which part of the capture this is of, and what its figures are made from."""
+    selection, quality = summary["selection"], summary["quality"]
+    if not selection:
+        return
+    limits = []
+    if selection["tids"]:
+        tids = ", ".join(map(str, selection["tids"][:_LISTED]))
+        more = len(selection["tids"]) - _LISTED
+        limits.append(f"of thread {tids}" + (f" and {more:,} more" if more > 0 else ""))
+    if selection["over_ns"] is not None:
+        limits.append(f"longer than {duration(selection['over_ns'])}")
+    since, until = selection["since_ns"], selection["until_ns"]
+    whole = round(summary["capture"]["duration_s"] * 1e9)
+    if since > 0 or until < whole:
+        limits.append(
+            f"that ended between {duration(since)} and {duration(until)} of the capture's "
+            f"{duration(whole)}"
+        )
+    text = (
+        f"Only waits and sleep calls {', '.join(limits)}: {plural(selection['rows'], 'wait')} of "
+        f"{quality['rows']:,} recorded. Every figure is a sum of recorded waits, not an exact "
+        "counter"
+    )
+    lacks = quality["rows"] < quality["waits"]
+    if lacks:
+        text += (
+            f", and too low where waits have no details: {share(quality['rows'], quality['waits'])}"
+            " of all have"
+        )
+    page.prose(f"{text}.")
+
+
 def _target(targets: Sequence[Mapping[str, Any]], width: int) -> str:
     if not targets:
         return "no process"
     first = targets[0]
-    text = f"{_comm(first.get('comm')) or 'process'} (pid {first.get('tgid', '?')})"
+    text = f"{comm(first.get('comm')) or 'process'} (pid {first.get('tgid', '?')})"
     more = f" and {len(targets) - 1:,} more" if len(targets) > 1 else ""
     return fit(text, width - cells(more)) + more
 
@@ -142,6 +140,9 @@ def _warnings(summary: Summary) -> Iterator[str]:
                 "stacks lack them."
             )
         yield text
+    for key, what in (("lost_slices", "culprits"), ("lost_sleeps", "sleep calls")):
+        if quality.get(key):
+            yield f"{plural(quality[key], 'record')} of {what} were lost: the ring was full."
     if quality["lost_stacks"]:
         yield f"{plural(quality['lost_stacks'], 'stack')} could not be kept."
     degraded = quality["degraded"]
@@ -175,7 +176,7 @@ def _degradation(entry: Mapping[str, Any], start_ns: int) -> str:
 # --- what it is made of ------------------------------------------------------------------------
 
 
-def _distribution(page: _Page, summary: Summary) -> None:
+def _distribution(page: Page, summary: Summary) -> None:
     waits = summary["waits"]
     page.line()
     columns = {
@@ -186,12 +187,11 @@ def _distribution(page: _Page, summary: Summary) -> None:
         "max": waits["max_ns"],
         "total": waits["total_ns"],
     }
-    room = (page.width - _LABEL) // len(columns)
-    page.line(
-        pad("Wait to run", _LABEL) + "".join(name.rjust(room) for name in columns), style=_BOLD
-    )
-    page.line(" " * _LABEL + "".join(duration(value).rjust(room) for value in columns.values()))
-    page.prose(_tail(waits), label="slowest 1 %")
+    room = (page.width - LABEL) // len(columns)
+    page.line(pad("Wait to run", LABEL) + "".join(name.rjust(room) for name in columns), style=BOLD)
+    page.line(" " * LABEL + "".join(duration(value).rjust(room) for value in columns.values()))
+    if not (summary["selection"] and summary["selection"]["over_ns"] is not None):
+        page.prose(_tail(waits), label="slowest")
     kinds = sorted(waits["by_kind"].items(), key=lambda item: -item[1]["count"])
     counted = [
         f"{share(kind['count'], waits['count'])} {_KINDS.get(name, visible(name))}"
@@ -210,19 +210,17 @@ def _distribution(page: _Page, summary: Summary) -> None:
 
 def _tail(waits: Mapping[str, Any]) -> str:
     tail = waits["tail"]
-    if not tail["count"]:
-        return f"no wait was longer than {duration(tail['over_ns'])}"
     text = f"{plural(tail['count'], 'wait')} over {duration(tail['over_ns'])}"
     if not tail["rows"]:
         return text
     least = "" if tail["rows"] >= tail["count"] else "at least "
     return (
-        f"{text}: {least}{duration(tail['total_ns'])}, "
-        f"{share(tail['total_ns'], waits['total_ns'])} of all waiting"
+        f"{text} ({percent(tail['count'], waits['count'])}): {least}"
+        f"{duration(tail['total_ns'])}, {share(tail['total_ns'], waits['total_ns'])} of all waiting"
     )
 
 
-def _processes(page: _Page, summary: Summary) -> None:
+def _processes(page: Page, summary: Summary) -> None:
     processes = summary["processes"]
     if len(processes) < 2:
         return
@@ -231,7 +229,7 @@ def _processes(page: _Page, summary: Summary) -> None:
         ("waits", "waited", "longest", "blocked"),
         (
             (
-                _who(process["tgid"], process["comm"]),
+                who(process["tgid"], process["comm"]),
                 [
                     f"{process['waits']:,}",
                     duration(process["wait_ns"]),
@@ -244,7 +242,7 @@ def _processes(page: _Page, summary: Summary) -> None:
     )
 
 
-def _threads(page: _Page, summary: Summary) -> None:
+def _threads(page: Page, summary: Summary) -> None:
     threads = [thread for thread in summary["threads"] if thread["waits"]]
     if threads:
         page.table(
@@ -252,7 +250,7 @@ def _threads(page: _Page, summary: Summary) -> None:
             ("waits", "waited", "longest", "blocked"),
             (
                 (
-                    _who(thread["tid"], thread["comm"]),
+                    who(thread["tid"], thread["comm"]),
                     [
                         f"{thread['waits']:,}",
                         duration(thread["wait_ns"]),
@@ -266,12 +264,12 @@ def _threads(page: _Page, summary: Summary) -> None:
         page.more(summary["quality"]["threads"], min(_LISTED, len(threads)))
     for thread in summary["waiting_at_end"][:_LISTED_STACKS]:
         page.prose(
-            f"{_who(thread['tid'], thread['comm']).strip()} was still waiting to run at the end, "
+            f"{who(thread['tid'], thread['comm']).strip()} was still waiting to run at the end, "
             f"for {duration(thread['open_ns'])} by then"
         )
 
 
-def _wakers(page: _Page, summary: Summary) -> None:
+def _wakers(page: Page, summary: Summary) -> None:
     wakers = summary["wakers"]
     if wakers:
         page.table(
@@ -290,10 +288,10 @@ def _wakers(page: _Page, summary: Summary) -> None:
 def _waker(waker: Mapping[str, Any]) -> str:
     if waker["ctx"] in _CONTEXTS:
         return _CONTEXTS[waker["ctx"]]
-    return _who(waker["tid"], waker["comm"] or ("the idle task" if waker["tid"] == 0 else ""))
+    return who(waker["tid"], waker["comm"] or ("the idle task" if waker["tid"] == 0 else ""))
 
 
-def _syscalls(page: _Page, summary: Summary) -> None:
+def _syscalls(page: Page, summary: Summary) -> None:
     calls = summary["syscalls"]
     if calls:
         page.table(
@@ -321,7 +319,7 @@ def _of_rows(summary: Summary) -> str:
     return f" ({share(quality['rows'], quality['waits'])} of waits recorded)"
 
 
-def _stacks(page: _Page, summary: Summary) -> None:
+def _stacks(page: Page, summary: Summary) -> None:
     for title, kind, whole in (
         ("Where it left the CPU, then waited to run (sampled)", "wait", "waits"),
         ("Where it blocked (sampled)", "blocked", "blocked"),
@@ -331,35 +329,32 @@ def _stacks(page: _Page, summary: Summary) -> None:
             continue
         total = (summary["waits"] if whole == "waits" else summary["waits"]["blocked"])["total_ns"]
         page.line()
-        page.line(title, style=_BOLD)
+        page.line(title, style=BOLD)
         for stack in stacks[:_LISTED_STACKS]:
-            weight = duration(stack["weight_ns"]).rjust(_NUMBER)
+            weight = duration(stack["weight_ns"]).rjust(NUMBER)
             part = share(stack["weight_ns"], total).rjust(9)
-            page.line(f"{weight}{part}  {_frames(stack, page.width - _NUMBER - 11)}")
-
-
-def _frames(stack: Mapping[str, Any], room: int) -> str:
-    """The three frames nearest to the leaf, the program's own if it has any."""
-    own = stack["user"] or stack["kernel"]
-    if not own:
-        return "[no stack]"
-    names = [visible(name) for name in own[:3]]
-    if cells(" < ".join(names)) > room:
-        each = (room - 3 * (len(names) - 1)) // len(names)
-        spare = sum(max(0, each - cells(name)) for name in names)
-        long = max(1, sum(cells(name) > each for name in names))
-        names = [fit(name, each + spare // long) for name in names]
-    return " < ".join(names)
+            names = stack["user"] or stack["kernel"]
+            page.line(f"{weight}{part}  {frames(names, page.width - NUMBER - 11)}")
 
 
 # --- whether to believe it ---------------------------------------------------------------------
 
 
-def _quality(page: _Page, summary: Summary) -> None:
+def _quality(page: Page, summary: Summary) -> None:
     quality, overhead = summary["quality"], summary["overhead"]
     page.line()
-    page.line("How far to trust this", style=_BOLD)
+    page.line("How far to trust this", style=BOLD)
     page.prose(_books(quality), label="checked")
+    waits, steal = summary["waits"], summary["capture"]["steal_ns"]
+    if waits["total_ns"]:
+        unknown = waits["by_cause_ns"]["unknown"]
+        text = f"{duration(unknown)}, {share(unknown, waits['total_ns'])} of all waiting"
+        page.prose(f"the cause of {text}", label="unknown")
+    if steal is not None:
+        page.prose(
+            f"{duration(steal)} of all CPUs' time was kept by the hypervisor for others",
+            label="steal",
+        )
     recorded = _counted(summary)
     if recorded:
         page.prose(recorded, label="counted")
@@ -427,14 +422,3 @@ def _cost(overhead: Mapping[str, Any], seconds: float) -> str:
     if isinstance(memory, int) and memory > 0:
         parts.append(f"{size(memory)} of memory")
     return ", ".join(parts)
-
-
-# --- names -------------------------------------------------------------------------------------
-
-
-def _comm(value: object) -> str:
-    return fit(visible(value), 24) if isinstance(value, str) else ""
-
-
-def _who(number: int, comm: str) -> str:
-    return f"{number:>7} {_comm(comm) or '(name not recorded)'}"

@@ -45,27 +45,39 @@ def share(part: float, whole: float) -> str:
     return f"{percent:.1f} %"
 
 
-def shares(parts: Sequence[float], whole: float) -> list[str]:
-    """Say parts of `whole` in percent so that what is printed adds up as the parts do.
+def tenths(parts: Sequence[int], whole: int, *, of: int | None = None) -> list[int]:
+    """Give parts of `whole` in tenths of a percent, rounded so that they add up as the parts do.
 
-    Every figure is rounded to 0.1 %, down or up, never further; a part that is not 0 is never
-    said to be, nor one that is only nearly the whole.
+    Every figure is rounded down or up to the next, never further. `of` is what they must add up
+    to, where that was rounded before.
     """
     if not whole:
-        return ["-" for _ in parts]
+        return [0 for _ in parts]
     exact = [1000 * part / whole for part in parts]
-    tenths = [math.floor(value) for value in exact]
-    spare = round(sum(exact)) - sum(tenths)
-    by_rest = sorted(range(len(parts)), key=lambda index: tenths[index] - exact[index])
-    for index in by_rest[:spare]:
-        tenths[index] += 1
+    rounded = [math.floor(value) for value in exact]
+    spare = (round(sum(exact)) if of is None else of) - sum(rounded)
+    by_rest = sorted(range(len(parts)), key=lambda index: rounded[index] - exact[index])
+    for index in by_rest[: max(spare, 0)]:
+        rounded[index] += 1
+    return rounded
+
+
+def say_tenths(rounded: int, part: float, whole: float) -> str:
+    """Say one of `tenths`; never 0 for what is not, nor 100 for what is only nearly the whole."""
+    if not whole:
+        return "-"
+    if not rounded and part:
+        return "<0.1 %"
+    if rounded >= 1000 and part < whole:
+        return ">99.9 %"
+    return f"{rounded / 10:.1f} %"
+
+
+def shares(parts: Sequence[int], whole: int) -> list[str]:
+    """Say parts of `whole` in percent so that what is printed adds up as the parts do."""
     return [
-        "<0.1 %"
-        if not rounded and part
-        else ">99.9 %"
-        if rounded >= 1000 and part < whole
-        else f"{rounded / 10:.1f} %"
-        for part, rounded in zip(parts, tenths, strict=True)
+        say_tenths(rounded, part, whole)
+        for part, rounded in zip(parts, tenths(parts, whole), strict=True)
     ]
 
 
