@@ -19,6 +19,8 @@ _NS_PER_UNIT = {
 _BYTES_PER_UNIT = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
 _NUMBER = r"(?P<number>[0-9]{1,15}(?:\.[0-9]{1,9})?)"
 _DURATION = re.compile(_NUMBER + r"\s*(?P<unit>[a-zµ]*)")
+_PIECES = re.compile(r"[0-9.]+[a-zµ]+")
+_MOMENT = re.compile(rf"(?:{_PIECES.pattern}){{2,6}}")
 _SIZE = re.compile(_NUMBER + r"\s*(?P<unit>[kmg]?)(?:ib|b)?", re.IGNORECASE)
 _PAGE = 4096
 _MAX_RING = 1 << 30
@@ -60,6 +62,12 @@ def parse_run_time(text: str) -> float:
             hint="leave it out to trace until Ctrl-C",
         )
     return nanoseconds / 1e9
+
+
+def parse_moment(text: str, *, option: str) -> int:
+    """Nanoseconds from the start of a capture: `2s`, `1m30s`, `250ms`. Raises `UsageError`."""
+    pieces = _PIECES.findall(text) if _MOMENT.fullmatch(text) else [text]
+    return sum(parse_duration(piece, option=option) for piece in pieces)
 
 
 def parse_ring_size(text: str) -> int:
