@@ -16,6 +16,9 @@
 
 enum clock { CLOCK_IRQ, CLOCK_SOFTIRQ, CLOCK_IDLE, CLOCK_KTHREAD, CLOCK_USER, CLOCK_OWN };
 
+/* Waits shorter than this have parts, and no slices: two cells more for each of many. */
+#define SLICED_NS 10000
+
 #define STAYS 64		/* remembered on each CPU */
 #define OWN_CLOCKS 1024		/* processes by hash, on each CPU */
 
@@ -28,13 +31,14 @@ struct cpu_clock {
 	u64 vector;			/* of the softirq under way, + 1 */
 	u64 stay_ns;			/* the thread on the CPU is known to be there since */
 	u64 stay_irq_ns, stay_softirq_ns, stay_vector;
+	u64 opened_ns;			/* the clocks run since */
 	u64 stays;			/* remembered so far */
 	u64 culprit_acc_ns;		/* see sample.h */
 	u64 due_wait_ns, due[CAUSES];	/* the wait that ended just now, for lat_slices */
 	/* What programs on this CPU work with, interrupts off: on the stack of a program the verifier
 	 * would follow every value. */
 	struct clocks had;
-	u64 pad[6];			/* no two CPUs share a cache line */
+	u64 pad[5];			/* no two CPUs share a cache line */
 };
 
 /* One process on one CPU: how long its threads ran there. Of those that share a hash, the one
@@ -77,30 +81,45 @@ static inline u64 clock_of_thread(u64 task)
 	return LD32(task, OFF_TASK_FLAGS) & PF_KTHREAD ? CLOCK_KTHREAD : CLOCK_USER;
 }
 
-/* An event on this CPU: up to `now` it did `clock`, in `task`. Interrupts come in the middle of
- * softirqs and of their programs, so a stretch of time is taken by exchange: once. */
-static inline void account(struct cpu_clock *k, u64 now, u64 clock, u64 task)
+/* An event on this CPU: up to `now` it did `clock`, in `task`. With interrupts on, as at the edges of
+ * a softirq, another event can come in the middle of this one: a stretch of time is then taken by
+ * exchange, once. */
+static inline void account(struct cpu_clock *k, u64 now, u64 clock, u64 task, int interruptible)
 {
-	u64 since = k->since_ns, tgid = LD32(task, OFF_TASK_TGID), ns;
+	u64 since = k->since_ns, tgid = LD32(task, OFF_TASK_TGID), ns = now > since ? now - since : 0;
 	struct own_clock *own;
 
-	__sync_fetch_and_add(&k->begun, 1);
-	if (__sync_val_compare_and_swap(&k->since_ns, since, k->waiting > 0 ? now : 0) == since &&
-	    since && now > since && clock < CLOCK_OWN) {
-		ns = now - since;
+	if (interruptible)
+		__sync_fetch_and_add(&k->begun, 1);
+	else
+		k->begun++;
+	if (!interruptible)
+		k->since_ns = now;
+	else if (__sync_val_compare_and_swap(&k->since_ns, since, now) != since)
+		ns = 0;
+	if (clock < CLOCK_OWN)
 		__sync_fetch_and_add(&k->ns[clock], ns);
-		if (clock == CLOCK_USER) {
-			own = own_clock_of(bpf_get_smp_processor_id(), tgid);
-			if (own && own->tgid == tgid)
-				__sync_fetch_and_add(&own->ns, ns);
-		} else if (clock == CLOCK_IRQ) {
-			k->stay_irq_ns += ns;
-		} else if (clock == CLOCK_SOFTIRQ) {
-			k->stay_softirq_ns += ns;
-		}
+	if (clock == CLOCK_USER) {
+		own = own_clock_of(bpf_get_smp_processor_id(), tgid);
+		if (own && own->tgid == tgid)
+			__sync_fetch_and_add(&own->ns, ns);
+	} else if (clock == CLOCK_IRQ) {
+		k->stay_irq_ns += ns;
+	} else if (clock == CLOCK_SOFTIRQ) {
+		k->stay_softirq_ns += ns;
 	}
-	__sync_fetch_and_add(&k->done, 1);
+	if (interruptible)
+		__sync_fetch_and_add(&k->done, 1);
+	else
+		k->done++;
 }
+
+/* Loads in the order they are written in: x86 and s390x never reorder them. */
+#if ORDERED_LOADS
+#define LOAD(p) (*(volatile u64 *)(p))
+#else
+#define LOAD(p) __sync_fetch_and_add(p, 0)
+#endif
 
 /* The clocks of a CPU as of now, from any CPU. Returns 0 when they kept changing. */
 static inline int read_clocks(struct cpu_clock *k, struct own_clock *own, u64 tgid, u64 now,
@@ -109,19 +128,20 @@ static inline int read_clocks(struct cpu_clock *k, struct own_clock *own, u64 tg
 	u32 try;
 
 	LOOP (try = 0; try < 4; try++) {
-		u64 done = __sync_fetch_and_add(&k->done, 0), since = k->since_ns, ns = 0;
-		u64 doing = k->doing;
+		u64 done = LOAD(&k->done), since = LOAD(&k->since_ns), doing = LOAD(&k->doing);
+		u64 ns = since && now > since ? now - since : 0;
 
-		if (since && now > since)
-			ns = now - since;
-		to->ns[CLOCK_IRQ] = k->ns[CLOCK_IRQ] + (doing == CLOCK_IRQ ? ns : 0);
-		to->ns[CLOCK_SOFTIRQ] = k->ns[CLOCK_SOFTIRQ] + (doing == CLOCK_SOFTIRQ ? ns : 0);
-		to->ns[CLOCK_IDLE] = k->ns[CLOCK_IDLE] + (doing == CLOCK_IDLE ? ns : 0);
-		to->ns[CLOCK_KTHREAD] = k->ns[CLOCK_KTHREAD] + (doing == CLOCK_KTHREAD ? ns : 0);
-		to->ns[CLOCK_USER] = k->ns[CLOCK_USER] + (doing == CLOCK_USER ? ns : 0);
-		to->ns[CLOCK_OWN] =
-			own->ns + (doing == CLOCK_USER && k->doing_tgid == tgid ? ns : 0);
-		if (__sync_fetch_and_add(&k->begun, 0) == done)
+		to->ns[CLOCK_IRQ] = LOAD(&k->ns[CLOCK_IRQ]);
+		to->ns[CLOCK_SOFTIRQ] = LOAD(&k->ns[CLOCK_SOFTIRQ]);
+		to->ns[CLOCK_IDLE] = LOAD(&k->ns[CLOCK_IDLE]);
+		to->ns[CLOCK_KTHREAD] = LOAD(&k->ns[CLOCK_KTHREAD]);
+		to->ns[CLOCK_USER] = LOAD(&k->ns[CLOCK_USER]);
+		to->ns[CLOCK_OWN] = LOAD(&own->ns);
+		if (doing < CLOCK_OWN)
+			to->ns[doing] += ns;
+		if (doing == CLOCK_USER && k->doing_tgid == tgid)
+			to->ns[CLOCK_OWN] += ns;
+		if (LOAD(&k->begun) == done)
 			return 1;
 	}
 	return 0;
@@ -148,7 +168,7 @@ static inline void note_clocks(struct thread_state *s, u64 task, u32 cpu, u64 no
 		k->doing = doing;
 		k->doing_tgid = doing_tgid;
 		k->vector = 0;
-		k->stay_ns = now - before_ns;
+		k->stay_ns = k->opened_ns = now - before_ns;
 		k->stay_irq_ns = k->stay_softirq_ns = k->stay_vector = 0;
 	}
 	s->clocks_known = read_clocks(k, own, tgid, now, &s->clocks);

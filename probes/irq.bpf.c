@@ -23,7 +23,7 @@ int lat_irq_entry(u64 *ctx)
 	if (!k)
 		return 0;
 	task = get_current_task_btf();
-	account(k, bpf_ktime_get_ns(), clock_below(k, task), task);
+	account(k, bpf_ktime_get_ns(), clock_below(k, task), task, 0);
 	k->doing = CLOCK_IRQ;
 	return 0;
 }
@@ -36,7 +36,7 @@ int lat_irq_exit(u64 *ctx)
 	if (!k)
 		return 0;
 	task = get_current_task_btf();
-	account(k, bpf_ktime_get_ns(), CLOCK_IRQ, task);
+	account(k, bpf_ktime_get_ns(), CLOCK_IRQ, task, 0);
 	k->doing = clock_below(k, task);
 	return 0;
 }
@@ -49,7 +49,7 @@ int lat_softirq_entry(u64 *ctx)
 	if (!k)
 		return 0;
 	task = get_current_task_btf();
-	account(k, bpf_ktime_get_ns(), clock_of_thread(task), task);
+	account(k, bpf_ktime_get_ns(), clock_of_thread(task), task, 1);
 	k->vector = (u32)ARG(ctx, 0) + 1;
 	k->doing = CLOCK_SOFTIRQ;
 	return 0;
@@ -63,7 +63,7 @@ int lat_softirq_exit(u64 *ctx)
 	if (!k)
 		return 0;
 	task = get_current_task_btf();
-	account(k, bpf_ktime_get_ns(), CLOCK_SOFTIRQ, task);
+	account(k, bpf_ktime_get_ns(), CLOCK_SOFTIRQ, task, 1);
 	k->vector = 0;
 	k->stay_vector = (u32)ARG(ctx, 0);
 	k->doing = clock_of_thread(task);

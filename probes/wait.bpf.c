@@ -214,9 +214,6 @@ static inline void want_stack(struct cpu_state *c, u64 key, u64 task)
 #endif
 }
 
-/* Waits shorter than this have parts, and no slices: two cells more for each of many. */
-#define SLICED_NS 10000
-
 /* The row of a wait, if it gets one. */
 static inline void send_wait(struct thread_state *s, u64 task, u64 now, u64 wait, u64 wakeup,
 			     u8 place, u64 *causes)
@@ -351,8 +348,10 @@ int lat_switch(u64 *ctx)
 		return 0;
 	now = bpf_ktime_get_ns();
 	if (gate) {
-		account(k, now, clock_of_thread(prev), prev);
-		remember_stay(ctx, k, prev, now);
+		account(k, now, clock_of_thread(prev), prev, 0);
+		/* Of one short wait that ends here nobody will ask who made it. */
+		if (!in || k->waiting > 1 || now - k->opened_ns >= SLICED_NS)
+			remember_stay(ctx, k, prev, now);
 	}
 	if (out) {
 #ifdef HAVE_PREV_STATE

@@ -7,6 +7,7 @@ structure offset comes from the kernel's BTF as a -D constant.
 from __future__ import annotations
 
 import os
+import platform
 import re
 from pathlib import Path
 from typing import Any
@@ -194,7 +195,9 @@ def compile_probes(btf: Btf, switches: dict[str, int]) -> Compiled:
     bcc = import_bcc()
     # Added by 0bf1af1b8e0d (6.17).
     user_stacks = switches["USER_STACKS"] and btf.tracepoint("sched_exit_tp") is not None
-    constants = kernel_constants(btf) | switches | {"USER_STACKS": int(user_stacks)}
+    constants = kernel_constants(btf) | switches
+    constants["USER_STACKS"] = int(user_stacks)
+    constants["ORDERED_LOADS"] = int(platform.machine() in {"x86_64", "s390x"})
     flags = [f"-D{name}={value}" for name, value in constants.items()]
     try:
         module = bcc.BPF(
