@@ -18,6 +18,7 @@ enum clock { CLOCK_IRQ, CLOCK_SOFTIRQ, CLOCK_IDLE, CLOCK_KTHREAD, CLOCK_USER, CL
 
 /* Waits shorter than this have parts, and no slices: two cells more for each of many. */
 #define SLICED_NS 10000
+#define LOOKED_ELSEWHERE_NS 100000	/* a look at each other CPU takes some 0.1 us */
 
 #define STAYS 64		/* remembered on each CPU */
 #define OWN_CLOCKS 1024		/* processes by hash, on each CPU */
@@ -496,4 +497,36 @@ static inline void next_stay(struct cpu_clock *k, u64 next, u64 now)
 		if (__sync_fetch_and_add(&k->waiting, 0) > 0)
 			k->since_ns = now;
 	}
+}
+
+#define CPUS_LOOKED_AT 128
+
+/* For how much of a wait that ends now another CPU that the thread may use has been idle: of those
+ * idle now, the one longest so. A CPU that was idle earlier and has work now is not seen. In ns. */
+static inline u64 idle_elsewhere(u64 task, u64 wait)
+{
+	u64 idle_ns = 0;
+#if defined(OFF_TASK_GROUP) && defined(OFF_RQ_CLOCK_IDLE)
+	u64 queues = LD64(LD64(task, OFF_TASK_GROUP), OFF_TG_CFS_RQ), mask = LD64(task, OFF_TASK_CPUS);
+	u64 now = LD64(LD64(LD64(task, OFF_SE_CFS_RQ), OFF_CFS_RQ_RQ), OFF_RQ_CLOCK), allowed = 0;
+	u32 cpu, here = bpf_get_smp_processor_id();
+
+	LOOP (cpu = 0; cpu < (NCPU < CPUS_LOOKED_AT ? NCPU : CPUS_LOOKED_AT); cpu++) {
+		u64 rq = 0, current = 0, idle = 1, since = 0;
+
+		if (cpu % 64 == 0 && read_kernel(&allowed, 8, mask + cpu / 8))
+			return 0;
+		if (cpu == here || !(allowed >> cpu % 64 & 1))
+			continue;
+		if (read_kernel(&rq, 8, queues + 8 * (u64)cpu) ||
+		    read_kernel(&rq, 8, rq + OFF_CFS_RQ_RQ) ||
+		    read_kernel(&current, 8, rq + OFF_RQ_CURR) ||
+		    read_kernel(&idle, 8, rq + OFF_RQ_IDLE) || current != idle ||
+		    read_kernel(&since, 8, rq + OFF_RQ_CLOCK_IDLE) || since >= now)
+			continue;
+		if (now - since > idle_ns)
+			idle_ns = now - since;
+	}
+#endif
+	return idle_ns < wait ? idle_ns : wait;
 }

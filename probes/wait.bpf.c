@@ -222,7 +222,7 @@ static inline void send_wait(struct thread_state *s, u64 task, u64 now, u64 wait
 	struct cpu_state *c = this_cpu();
 	struct control *o = control();
 	struct wait_record *r;
-	u64 weight, key = 0;
+	u64 weight, key = 0, elsewhere = 0;
 	u32 i;
 
 	if (!c || !o || !k)
@@ -237,6 +237,8 @@ static inline void send_wait(struct thread_state *s, u64 task, u64 now, u64 wait
 	} else if (wait < o->min_ns) {
 		return;
 	}
+	if (wait >= LOOKED_ELSEWHERE_NS)
+		elsewhere = idle_elsewhere(task, wait);
 	r = lat_ring.ringbuf_reserve(CELL_BYTES);
 	if (!r) {
 		c->lost_waits++;
@@ -270,7 +272,7 @@ static inline void send_wait(struct thread_state *s, u64 task, u64 now, u64 wait
 	r->throttled_by = causes[CAUSE_THROTTLED] ? s->throttled_by : 0;
 	r->waker_wait_ns = s->waker_wait_ns;
 	r->waker2_tid = s->waker2_tid;
-	r->idle_elsewhere_us = 0;
+	r->idle_elsewhere_us = elsewhere / 1000;
 	lat_ring.ringbuf_submit(r, BPF_RB_NO_WAKEUP);
 	if (wait >= SLICED_NS && s->queue_cpu == bpf_get_smp_processor_id() + 1)
 		k->due_wait_ns = wait;

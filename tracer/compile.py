@@ -71,6 +71,9 @@ _OFFSETS = {
 _OPTIONAL_OFFSETS = {
     "OFF_TASK_STATE": ("task_struct", "__state"),  # `state` before 2f064a59a11f (5.14)
     "OFF_TASK_PREEMPT_COUNT": ("task_struct", "thread_info.preempt_count"),  # arm64
+    "OFF_TASK_CPUS": ("task_struct", "cpus_ptr"),
+    "OFF_RQ_IDLE": ("rq", "idle"),
+    "OFF_RQ_CLOCK_IDLE": ("rq", "clock_idle"),  # since 5.19
     "OFF_TASK_GROUP": ("task_struct", "sched_task_group"),  # CONFIG_CGROUP_SCHED
     "OFF_TG_CGROUP": ("task_group", "css.cgroup"),
     "OFF_TG_PARENT": ("task_group", "parent"),

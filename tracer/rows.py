@@ -75,6 +75,7 @@ def wait_columns(
         "wakeup_ns": waits["wakeup_ns"].astype(np.uint64),
         "migrations": waits["migrations"].astype(np.uint32),
         "waker_wait_ns": waits["waker_wait_ns"],
+        "idle_elsewhere_ns": waits["idle_elsewhere_us"].astype(np.uint64) * np.uint64(1000),
         "waker2_tid": id_or_none("waker2_tid"),
         "throttled_by": names_from_codes(waits["throttled_by"], cgroup_name),
         **cause_columns(waits["causes"], waits["wait_ns"]),
