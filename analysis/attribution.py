@@ -12,6 +12,7 @@ from latrace.analysis.culprits import (
     CULPRITS,
     Culprits,
     Slices,
+    Who,
     by_process,
     entry,
     itemised,
@@ -102,12 +103,15 @@ def _wakers(rows: Rows) -> list[dict[str, Any]]:
 
 
 def culprits(evidence: Evidence) -> dict[str, Any]:
-    """List who had the CPU in slow waits, by thread and by process, and by thread in all waits."""
+    """List who had the CPU in slow waits and in all, by thread and by process.
+
+    `ns` is of the waits that the list is of, `all_ns` of all.
+    """
     slices, stacks, top = evidence.slices, evidence.stacks, evidence.top
     tail_ns, all_ns = evidence.rows.tail.wait_ns, evidence.rows.all.wait_ns
     return {
         "culprits": [
-            entry(who, stay, tail_ns, stacks, elsewhere=slices.all.get(who))
+            entry(who, stay, tail_ns, stacks, everywhere=slices.all.get(who))
             for who, stay in longest_first(slices.tail.items())[:top]
         ],
         "culprit_processes": _processes(evidence, slices.tail, tail_ns)[:top],
@@ -115,29 +119,26 @@ def culprits(evidence: Evidence) -> dict[str, Any]:
             entry(who, stay, all_ns, stacks)
             for who, stay in longest_first(slices.all.items())[:top]
         ],
+        "culprit_processes_all": _processes(evidence, slices.all, all_ns)[:top],
     }
 
 
 def _processes(evidence: Evidence, some: Culprits, whole_ns: int) -> list[dict[str, Any]]:
     """Describe culprits by process; `threads` is how many of its threads had the CPU."""
     everywhere = {
-        (who.cause, who.tgid, who.vector): stay
+        _process(who): stay
         for who, (stay, _) in by_process(evidence.slices.all, evidence.names).items()
     }
     processes = by_process(some, evidence.names)
     return [
-        {
-            **entry(
-                who,
-                stay,
-                whole_ns,
-                evidence.stacks,
-                elsewhere=everywhere.get((who.cause, who.tgid, who.vector)),
-            ),
-            "threads": processes[who][1],
-        }
+        entry(who, stay, whole_ns, evidence.stacks, everywhere=everywhere.get(_process(who)))
+        | {"threads": processes[who][1]}
         for who, stay in longest_first((who, stay) for who, (stay, _) in processes.items())
     ]
+
+
+def _process(who: Who) -> tuple[str, int, str]:
+    return who.cause, who.tgid, who.vector
 
 
 def throttling(rows: Rows, limited: Iterable[Any]) -> list[dict[str, Any]]:

@@ -16,6 +16,7 @@ from latrace.analysis.words import (
     percent,
     plural,
     say_tenths,
+    share,
     shares,
     tenths,
     visible,
@@ -105,7 +106,7 @@ def _claims(summary: Summary) -> Iterator[tuple[int, str]]:
     tail, causes = waits["tail"], waits["tail"]["by_cause_ns"]
     processes = [one for one in waits["culprit_processes"] if one["cause"] == "other"]
     if processes:
-        yield _others(processes, causes["other"])
+        yield from _others(processes, causes["other"])
     unnamed = tail["not_itemised_ns"]["other"] if processes else causes["other"]
     yield unnamed, "other processes had the CPU, which ones was not recorded"
     own = [one for one in waits["culprits"] if one["cause"] == "own"]
@@ -130,17 +131,16 @@ def _claims(summary: Summary) -> Iterator[tuple[int, str]]:
     yield causes["unknown"], "the cause is unknown"
 
 
-def _others(processes: Sequence[Entry], whole_ns: int) -> tuple[int, str]:
+def _others(processes: Sequence[Entry], whole_ns: int) -> Iterator[tuple[int, str]]:
     first = processes[0]
-    if first["ns"] >= _SINGLE * whole_ns:
-        how = _policy(first)
-        named = _name(first, "pid", f", {how}" if how else "")
-        return first["ns"], f"{named} had the CPU{_mostly(first)}"
-    share = percent(first["ns"], whole_ns)
-    return (
-        whole_ns,
-        f"other processes had the CPU, foremost {_name(first, 'pid')} with {share} of that",
-    )
+    if first["ns"] < _SINGLE * whole_ns:
+        foremost = f"foremost {_name(first, 'pid')} with {percent(first['ns'], whole_ns)} of that"
+        yield whole_ns, f"other processes had the CPU, {foremost}"
+        return
+    for one in processes[:2]:
+        how = _policy(one)
+        named = _name(one, "pid", f", {how}" if how else "")
+        yield one["ns"], f"{named} had the CPU{_mostly(one)}"
 
 
 def _quota_claim(groups: Sequence[Entry]) -> str:
@@ -257,6 +257,7 @@ class _Part:
 
     name: str
     ns: int
+    all_ns: int | None = None
     details: tuple[str, ...] = ()
 
 
@@ -268,38 +269,68 @@ def _culprits(page: Page, summary: Summary, cause: str, *, of: int) -> None:
     both = tail["count"] < waits["count"]
     for part, tenth in zip(parts, rounded, strict=True):
         cells = [duration(part.ns), say_tenths(tenth, part.ns, tail["total_ns"])]
-        _row(page, f"    {part.name}", [*cells, "", ""] if both else cells)
+        if both and part.all_ns is not None:
+            cells += [duration(part.all_ns), share(part.all_ns, waits["total_ns"])]
+        elif both:
+            cells += ["", ""]
+        _row(page, f"    {part.name}", cells)
         for detail in part.details:
             page.line(" " * 6 + detail)
 
 
 def _who_it_was(summary: Summary, cause: str, room: int) -> Iterator[_Part]:
     """Yield the parts of one cause's time: who, who else, and what was not recorded."""
-    waits, tail = summary["waits"], summary["waits"]["tail"]
+    tail = summary["waits"]["tail"]
     rest = tail["by_cause_ns"][cause]
     if cause == "throttled":
         for group in summary["throttling"]:
-            if group["tail_ns"] and group["cgroup"]:
-                yield _Part(_cgroup(group["cgroup"]), group["tail_ns"])
+            if group["wait_ns"] and group["cgroup"]:
+                yield _Part(_cgroup(group["cgroup"]), group["tail_ns"], group["wait_ns"])
         return
-    # Of one's own process the threads are of interest; of others, the processes.
-    entries = [
-        one
-        for one in waits["culprits" if cause == "own" else "culprit_processes"]
-        if one["cause"] == cause and (cause != "irq")
-    ]
-    notable = [one for one in entries[:_LISTED] if one["ns"] >= _NOTABLE * tail["total_ns"]]
-    for one in notable:
+    listed = _listed(summary, cause)
+    for one, ns in listed:
         many = one.get("threads", 1)
         more = f", {many:,} threads" if many > 1 and cause == "other" else ""
         name = _name(one, "pid" if cause == "other" else "tid") + more
-        yield _Part(name, one["ns"], tuple(_details(summary, one, room)))
-        rest -= one["ns"]
+        yield _Part(name, ns, one["all_ns"], tuple(_details(summary, one, room)))
+        rest -= ns
     unnamed = tail["not_itemised_ns"].get(cause, 0)
-    if notable and rest > unnamed:
+    if listed and rest > unnamed:
         yield _Part("others", rest - unnamed)
-    if unnamed and (notable or unnamed >= _NOTABLE * tail["total_ns"]):
+    if unnamed and (listed or unnamed >= _NOTABLE * tail["total_ns"]):
         yield _Part("not recorded who", unnamed)
+
+
+def _listed(summary: Summary, cause: str) -> list[tuple[Entry, int]]:
+    """Choose the culprits worth a line, with their time in slow waits, the longest first.
+
+    They are those of the slow waits, and those who were great in all waits.
+    """
+    if cause == "irq":
+        return []  # there is but one kind
+    waits = summary["waits"]
+    # Of one's own process the threads are of interest; of others, the processes.
+    kind = "culprits" if cause == "own" else "culprit_processes"
+    slow, every = (
+        [one for one in waits[name] if one["cause"] == cause] for name in (kind, f"{kind}_all")
+    )
+    listed = [
+        (one, one["ns"])
+        for one in slow[:_LISTED]
+        if one["ns"] >= _NOTABLE * waits["tail"]["total_ns"]
+    ]
+    told = {_identity(one) for one, _ in listed}
+    in_slow = {_identity(one): one["ns"] for one in slow}
+    listed += [
+        (one, in_slow.get(_identity(one), 0))
+        for one in every[:_LISTED]
+        if _identity(one) not in told and one["ns"] >= _BESIDE * waits["total_ns"]
+    ]
+    return sorted(listed, key=lambda item: -item[1])
+
+
+def _identity(one: Entry) -> tuple[Any, ...]:
+    return one["tgid"], one["tid"] if one["cause"] == "own" else 0, one["vector"]
 
 
 def _details(summary: Summary, one: Entry, room: int) -> Iterator[str]:
@@ -424,7 +455,7 @@ def _overshoot(call: Entry) -> Iterator[str]:
     if not total:
         return
     said = shares([max(ns, 0) for ns in parts.values()], total)
-    made = ", ".join(f"{_PARTS[part]} {share}" for part, share in zip(parts, said, strict=True))
+    made = ", ".join(f"{_PARTS[part]} {text}" for part, text in zip(parts, said, strict=True))
     over = plural(tail["rows"], "call")
     yield (
         f"{visible(call['call'])} overshot by {duration(call['overshoot_ns']['p99'])} at P99. "
@@ -450,4 +481,4 @@ def _run_queue(tail: Entry, waited: int) -> str:
         told[_LISTED - 1 :] = [(sum(ns for ns, _ in told[_LISTED - 1 :]), "other causes")]
     told.append(unknown)
     said = shares([ns for ns, _ in told], waited)
-    return ", ".join(f"{share} {name}" for (_, name), share in zip(told, said, strict=True))
+    return ", ".join(f"{text} {name}" for (_, name), text in zip(told, said, strict=True))

@@ -214,11 +214,11 @@ def entry(
     whole_ns: int,
     stacks: Mapping[int, NamedStack],
     *,
-    elsewhere: Stay | None = None,
+    everywhere: Stay | None = None,
 ) -> dict[str, Any]:
     """Describe a culprit: one line of `culprits` in `latrace report --json`.
 
-    `whole_ns`: what its share is of; `stacks`: see `stack_numbers`; `elsewhere`: what it did in
+    `whole_ns`: what its share is of; `stacks`: see `stack_numbers`; `everywhere`: what it did in
     all waits, whose stacks are taken when these have none.
     """
     scheduled: dict[tuple[str, int], int] = {}
@@ -227,7 +227,7 @@ def entry(
         scheduled[policy, prio] = scheduled.get((policy, prio), 0) + ns
         cgroups[cgroup] = cgroups.get(cgroup, 0) + ns
     hows = sorted(scheduled.items(), key=lambda how: (-how[1], how[0]))
-    sampled = stay.stacks or (elsewhere.stacks if elsewhere else {})
+    sampled = stay.stacks or (everywhere.stacks if everywhere else {})
     hottest = max(sampled, key=lambda number: (sampled[number], -number), default=-1)
     stack = stacks.get(hottest, NamedStack())
     return {
@@ -239,6 +239,7 @@ def entry(
         "vector": who.vector,
         "ns": stay.ns,
         "share": stay.ns / whole_ns if whole_ns else 0.0,
+        "all_ns": everywhere.ns if everywhere else stay.ns,
         "policy": hows[0][0][0] if hows else "",
         "prio": hows[0][0][1] if hows and hows[0][0][0] else None,
         "scheduled": [

@@ -75,7 +75,8 @@ def telling(kernel: Sequence[str]) -> list[str]:
 
 def _leaf(kernel: list[Mapping[str, Any]], user: list[Mapping[str, Any]]) -> str:
     if user:
-        return str(user[0].get("symbol") or "") or _module(user[0])
+        name = str(user[0].get("symbol") or "") or _module(user[0])
+        return "" if name == _UNKNOWN else name
     return next(filter(None, telling([str(line.get("symbol") or "") for line in kernel])), "")
 
 

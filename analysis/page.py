@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Iterable, Sequence
 
@@ -9,6 +10,11 @@ from latrace.analysis.words import cells, fit, pad, visible
 
 NUMBER = 11  # columns of a number, the gap before it included
 LABEL = 13
+
+# Between a number and its unit no line ends. No text has such a space of its own: `visible` would
+# have escaped it.
+_BEFORE_UNIT = re.compile(r"(?<=\d) (?=(?:%|[num]?s|min|h|[kMG]?B)(?!\w))")
+_NO_BREAK = "\xa0"
 
 BOLD, DIM, ALARM = "\x1b[1m", "\x1b[2m", "\x1b[1;31m"
 _RESET = "\x1b[0m"
@@ -36,8 +42,8 @@ class Page:
             subsequent_indent=" " * cells(first),
             break_on_hyphens=False,
         )
-        for piece in wrapper.wrap(text):
-            self.line(piece, style=style)
+        for piece in wrapper.wrap(_BEFORE_UNIT.sub(_NO_BREAK, text)):
+            self.line(piece.replace(_NO_BREAK, " "), style=style)
 
     def warn(self, text: str) -> None:
         """Write what nobody should miss."""

@@ -273,7 +273,7 @@ def story_slices(run: Any, tid: Any) -> dict[str, Any]:
             ("irq", -1, 0, None, None, 0, None, 30_000, -1, 0, *key),
         ]
     lost = (int(tid[0]) + 1, run[0])  # the same instant, another thread
-    lines.append(("other", 666, 666, "nobody", "other", 120, "", 10**9, -1, 0, *lost))
+    lines.append(("other", 666, 666, "nobody", "other", 120, "", 1_000, -1, 0, *lost))
     columns = dict(
         zip(
             (
