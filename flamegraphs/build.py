@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import posixpath
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Final, Literal, Protocol, TypeAlias, get_args
 
@@ -16,19 +17,28 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from latrace.flamegraphs.profile import (
+    NOT_ITEMISED,
     NOT_SAMPLED,
     Frame,
     FrameKind,
     Profile,
+    share_out,
     whole_microseconds,
 )
 from latrace.flamegraphs.text import human_share, human_us
 
-Kind: TypeAlias = Literal["wait", "offcpu", "waker"]
+Kind: TypeAlias = Literal["wait", "offcpu", "culprit", "waker", "wall"]
 KINDS: Final[tuple[Kind, ...]] = get_args(Kind)
 
-BLOCKED: Final = Frame("[blocked]", "marker")
-WAITING: Final = Frame("[waiting]", "marker")
+CAUSES: Final = (
+    "throttled", "irq", "softirq", "idle", "kthread", "own", "other", "unknown"
+)  # fmt: skip
+CULPRITS: Final = ("irq", "softirq", "kthread", "own", "other")
+"""The causes in which somebody ran."""
+
+BLOCKED: Final = Frame("[blocked]", "state")
+ON_CPU: Final = Frame("[on CPU]", "state")
+WAITING: Final = Frame("[waiting]", "state")
 STACK_LOST: Final = Frame("[stack lost]", "marker")
 TRUNCATED: Final = Frame("[truncated]", "marker")
 NO_USER_STACK: Final = Frame("[no user stack]", "marker")
@@ -45,15 +55,26 @@ _INTERRUPT: Final = re.compile(
 _TITLES: Final[dict[Kind, str]] = {
     "wait": "Waiting to run",
     "offcpu": "Off the CPU",
+    "culprit": "Who ran while it waited",
     "waker": "Blocked time by waker",
+    "wall": "All time",
 }
 _SUBTITLES: Final[dict[Kind, str]] = {
-    "wait": "Width is time spent waiting for a CPU. A stack shows where the thread left the CPU.",
+    "wait": "Width is time spent waiting for a CPU: exact for each cause, sampled above. A stack "
+    "shows where the thread left the CPU.",
     "offcpu": "Width is time off the CPU: [blocked] until woken, then [waiting] for a CPU to run "
     "on. A stack shows where the thread left it.",
+    "culprit": "Width is time others ran on the CPU that a thread waited for, in the recorded "
+    "waits; stacks share it as sampled. [not itemised]: the exact rest.",
     "waker": "Width is time spent blocked. Above -- stands what ended it: the waker's stack, "
     "innermost frame first, and at the tip its name.",
+    "wall": "Width is time of all threads: [on CPU] as the clock sampled it; [waiting] and "
+    "[blocked] exact, with stacks of where the thread left the CPU.",
 }
+
+_CAUSE_NS: Final = tuple(f"{cause}_ns" for cause in CAUSES)
+
+_WHERE: Final = ("tgid", "stack")
 
 _Stack: TypeAlias = tuple[Frame, ...]
 
@@ -75,13 +96,57 @@ class CaptureTables(Protocol):
     def table(self, name: str, *, columns: Sequence[str]) -> pa.Table: ...  # noqa: D102
 
 
+@dataclass(slots=True)
+class _Part:
+    """A part of the picture: what stands at its root, its time, and how stacks share that.
+
+    `exact_ns` None: only the samples know.
+    """
+
+    root: _Stack
+    exact_ns: int | None
+    stacks: dict[_Stack, int] = field(default_factory=dict)
+
+    def add(self, stack: _Stack, weight_ns: int) -> None:
+        self.stacks[stack] = self.stacks.get(stack, 0) + weight_ns
+
+    @property
+    def sampled_ns(self) -> int:
+        return sum(self.stacks.values())
+
+    @property
+    def total_ns(self) -> int:
+        return self.sampled_ns if self.exact_ns is None else self.exact_ns
+
+    def weights(self) -> Iterator[tuple[_Stack, int]]:
+        """Its stacks, from the root of the picture; their weights add up to `total_ns`.
+
+        Samples that stand for more than there was, by chance, share what there was; what they
+        leave is `[not sampled]`.
+        """
+        weights = list(self.stacks.values())
+        if self.sampled_ns > self.total_ns:
+            weights = share_out(self.total_ns, weights)
+        for stack, weight in zip(self.stacks, weights, strict=True):
+            yield (*self.root, *stack), weight
+        if self.total_ns > self.sampled_ns:
+            yield (*self.root, NOT_SAMPLED), self.total_ns - self.sampled_ns
+
+
 def build_profile(capture: CaptureTables, *, kind: Kind) -> Profile:
     """Return the capture's time by stack.
 
-    wait: process → user frames → `-` → kernel frames, by the time then spent waiting to run.
-    offcpu: the same, with `[blocked]` and `[waiting]` apart under the process.
+    wait: `[waiting: cause]` → process → user frames → `-` → kernel frames, by the time then spent
+    waiting to run. The width of each cause is its exact total; a sampled wait is split by its own
+    parts. A capture without causes has no such frame.
+    offcpu: the same, and `[blocked]` beside, with its exact total.
+    culprit: who ran on the CPU meanwhile → its stack when it left. The width of a culprit is its
+    time in the recorded waits (`slices`); its stacks share that. What the exact totals have beyond
+    (waits without a row, or too short to be itemised) stands under `[not itemised]` by cause. Time
+    in which nobody ran (throttled, idle, unknown) is not in this picture.
     waker: process → `--` → the waker's frames, innermost first → the waker's name, or
     `[hardirq]`, `[softirq]`, by the time spent blocked.
+    wall: `[on CPU]`, by samples alone, beside what offcpu shows.
 
     Weights are added per stack in nanoseconds and rounded to microseconds together, so that the
     root is the exact total of the in-kernel counters; what was not sampled stands under
@@ -90,35 +155,33 @@ def build_profile(capture: CaptureTables, *, kind: Kind) -> Profile:
     """
     if kind not in KINDS:
         raise ValueError(f"no flame graph kind {kind!r}: it is one of {', '.join(KINDS)}")
-    parts: dict[Kind, tuple[str, ...]] = {
-        "wait": ("wait_ns",),
-        "offcpu": ("wait_ns", "blocked_ns"),
-        "waker": ("blocked_ns",),
-    }
     totals = _totals(capture)
-    counted_ns = sum(totals[column] for column in parts[kind])
-
-    sums: dict[_Stack, int] = {}
-    for stack, weight_ns in _weighted_stacks(capture, kind):
-        sums[stack] = sums.get(stack, 0) + weight_ns
-    sampled_ns = sum(sums.values())
-    total_ns = max(counted_ns, sampled_ns)
+    parts = _parts(capture, kind, totals)
     warnings = _warnings(capture)
-    if sampled_ns > counted_ns:
+    counted = [part for part in parts if part.exact_ns is not None]
+    counted_ns = sum(part.total_ns for part in counted)
+    sampled_ns = sum(part.sampled_ns for part in counted)
+    if kind != "culprit" and sampled_ns > counted_ns:
         warnings.append(
             "the exact totals are older than the samples or missing: the root is the sampled time, "
             f"{human_us(sampled_ns // 1000)}, not the counted {human_us(counted_ns // 1000)}"
         )
-    elif sampled_ns < counted_ns:
-        sums[(NOT_SAMPLED,)] = total_ns - sampled_ns
+        for part in counted:
+            part.exact_ns = None
 
+    sums: dict[_Stack, int] = {}
+    for part in parts:
+        for stack, weight_ns in part.weights():
+            sums[stack] = sums.get(stack, 0) + weight_ns
+    total_ns = sum(sums.values())
+    covered_ns = sum(min(part.sampled_ns, part.total_ns) for part in parts)
     ordered = sorted(sums.items())
     rounded = whole_microseconds([weight for _, weight in ordered], total_ns)
     return Profile(
         title=" · ".join(filter(None, (_TITLES[kind], _targets(capture.manifest)))),
         subtitle=_SUBTITLES[kind],
         stacks=[(stack, us) for (stack, _), us in zip(ordered, rounded, strict=True) if us],
-        facts=_facts(capture.manifest, kind, totals, sampled=human_share(sampled_ns, total_ns)),
+        facts=_facts(capture.manifest, kind, totals, sampled=human_share(covered_ns, total_ns)),
         warnings=warnings,
     )
 
@@ -126,37 +189,141 @@ def build_profile(capture: CaptureTables, *, kind: Kind) -> Profile:
 # --- stacks and weights -------------------------------------------------------------------------
 
 
-def _weighted_stacks(capture: CaptureTables, kind: Kind) -> Iterator[tuple[_Stack, int]]:
-    comms = _process_names(capture.table("threads", columns=("tid", "tgid", "comm")))
+def _parts(capture: CaptureTables, kind: Kind, totals: Mapping[str, int]) -> list[_Part]:
     known = _Stacks(capture)
+    if kind == "culprit":
+        return _culprits(capture, known, totals)
+    comms = _process_names(capture.table("threads", columns=("tid", "tgid", "comm")))
 
     def process(tgid: int) -> Frame:
         return Frame(comms.get(tgid) or f"[pid {tgid}]", "process")
 
     if kind == "waker":
-        by = ("tgid", "waker_stack", "waker", "waker_ctx")
-        groups = _grouped(capture, by, "blocked_weight_ns")
+        part = _Part((), totals["blocked_ns"])
+        groups = _grouped(capture, "waits", ("tgid", "waker_stack", "waker", "waker_ctx"))
         known.load(group[1] for *group, _ in groups)
         for tgid, stack, waker, context, weight in groups:
-            yield (process(tgid), TO_WAKER, *known.waker(stack, waker, context)), weight
-        return
-    reasons = [("weight_ns", WAITING)]
-    if kind == "offcpu":
-        reasons.append(("blocked_weight_ns", BLOCKED))
-    for column, reason in reasons:
-        groups = _grouped(capture, ("tgid", "stack"), column)
-        known.load(stack for _, stack, _ in groups)
-        apart = (reason,) if kind == "offcpu" else ()
-        for tgid, stack, weight in groups:
-            yield (process(tgid), *apart, *known.left_at(stack)), weight
+            part.add((process(tgid), TO_WAKER, *known.waker(stack, waker, context)), weight)
+        return [part]
+
+    parts = _waiting(capture, known, process, totals, apart=kind != "wait")
+    if kind != "wait":
+        blocked = _Part((BLOCKED,), totals["blocked_ns"])
+        _add_stacks(
+            blocked, _grouped(capture, "waits", _WHERE, "blocked_weight_ns"), known, process
+        )
+        parts.append(blocked)
+    if kind == "wall":
+        on_cpu = _Part((ON_CPU,), None)
+        _add_stacks(on_cpu, _grouped(capture, "samples", _WHERE, "weight_ns"), known, process)
+        parts.append(on_cpu)
+    return parts
 
 
-def _grouped(capture: CaptureTables, by: tuple[str, ...], weight: str) -> list[tuple[Any, ...]]:
-    """Return (*by, sum of the weight) for each distinct `by` among the waits that weigh anything.
+def _add_stacks(
+    part: _Part, groups: list[tuple[Any, ...]], known: _Stacks, process: Callable[[int], Frame]
+) -> None:
+    """Add (process, stack, weight) to a part."""
+    known.load(stack for _, stack, _ in groups)
+    for tgid, stack, weight_ns in groups:
+        part.add((process(tgid), *known.left_at(stack)), weight_ns)
+
+
+def _waiting(
+    capture: CaptureTables,
+    known: _Stacks,
+    process: Callable[[int], Frame],
+    totals: Mapping[str, int],
+    *,
+    apart: bool,
+) -> list[_Part]:
+    """Return the waiting time: a part for each cause, or one where the capture tells none."""
+    if not any(totals[cause] for cause in CAUSES):
+        part = _Part((WAITING,) if apart else (), totals["wait_ns"])
+        _add_stacks(part, _grouped(capture, "waits", _WHERE, "weight_ns"), known, process)
+        return [part]
+    by_cause = {
+        cause: _Part((Frame(f"[waiting: {cause}]", "state"),), totals[cause]) for cause in CAUSES
+    }
+    rows = capture.table("waits", columns=("tgid", "stack", "weight_ns", "wait_ns", *_CAUSE_NS))
+    rows = rows.filter(pc.greater(pc.fill_null(rows["weight_ns"], 0), 0))
+    scale = pc.divide(_float(rows["weight_ns"]), pc.max_element_wise(_float(rows["wait_ns"]), 1.0))
+    for column in _CAUSE_NS:
+        share = pc.multiply(scale, _float(rows[column]))
+        rows = rows.set_column(rows.schema.get_field_index(column), column, share)
+    sums = rows.group_by(list(_WHERE)).aggregate(
+        [("weight_ns", "sum"), *((column, "sum") for column in _CAUSE_NS)]
+    )
+    names = (*_WHERE, "weight_ns_sum", *(f"{column}_sum" for column in _CAUSE_NS))
+    groups = list(zip(*(sums[name].to_pylist() for name in names), strict=True))
+    known.load(stack for _, stack, *_ in groups)
+    for tgid, stack, weight_ns, *shares in groups:
+        if not sum(shares):  # rows of before causes were recorded
+            shares[-1] = 1.0
+        frames = (process(tgid), *known.left_at(stack))
+        for cause, part_ns in zip(CAUSES, share_out(weight_ns, shares), strict=True):
+            if part_ns:
+                by_cause[cause].add(frames, part_ns)
+    return list(by_cause.values())
+
+
+def _culprits(capture: CaptureTables, known: _Stacks, totals: Mapping[str, int]) -> list[_Part]:
+    """Return a part for each culprit, and one for each cause's time that no slice tells of."""
+    by = ("cause", "comm", "tgid", "vector")
+    shown = dict.fromkeys(CULPRITS, 0)
+    parts: dict[_Stack, _Part] = {}
+
+    def part_of(cause: str, comm: str | None, tgid: int, vector: str | None) -> _Part:
+        root = _culprit(cause, comm, tgid, vector)
+        return parts.setdefault(root, _Part(root, 0))
+
+    for cause, comm, tgid, vector, dur_ns in _grouped(capture, "slices", by, "dur_ns"):
+        if cause in shown:
+            shown[cause] += dur_ns
+            part = part_of(cause, comm, tgid, vector)
+            part.exact_ns = part.total_ns + dur_ns
+            if tgid < 0:  # an interrupt has no stack
+                part.add((), dur_ns)
+    groups = _grouped(capture, "slices", (*by, "stack"), "weight_ns")
+    known.load(group[4] for group in groups)
+    for cause, comm, tgid, vector, stack, weight_ns in groups:
+        if cause in shown:
+            frames = known.left_at(stack, kernel_only=cause == "kthread")
+            part_of(cause, comm, tgid, vector).add(frames, weight_ns)
+    rest = [
+        _Part((), None, {(NOT_ITEMISED, Frame(f"[{cause}]", "marker")): totals[cause] - told})
+        for cause, told in shown.items()
+        if totals[cause] > told
+    ]
+    return [*parts.values(), *rest]
+
+
+def _culprit(cause: str, comm: str | None, tgid: int, vector: str | None) -> _Stack:
+    """Return the frames at the root of who ran: a name, and what it was to the thread waiting."""
+    if cause == "irq":
+        return (Frame("[irq]", "state"),)
+    if cause == "softirq":
+        return (Frame("[softirq]", "state"), Frame(vector or "[unknown]", "kernel"))
+    name = comm or "[unknown]"
+    if cause == "kthread":
+        return (Frame(f"{name} [kernel thread]", "thread"),)
+    if cause == "own":
+        return (Frame(f"{name} ({tgid}) [own thread]", "thread"),)
+    return (Frame(f"{name} ({tgid})", "process"),)
+
+
+def _float(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    return pc.fill_null(pc.cast(column, pa.float64(), safe=False), 0.0)
+
+
+def _grouped(
+    capture: CaptureTables, table: str, by: tuple[str, ...], weight: str = "blocked_weight_ns"
+) -> list[tuple[Any, ...]]:
+    """Return (*by, sum of the weight) for each distinct `by` among the rows that weigh anything.
 
     Sums are exact; a null weight is nothing.
     """
-    rows = capture.table("waits", columns=(*by, weight))
+    rows = capture.table(table, columns=(*by, weight))
     # One dictionary for all chunks: Arrow groups by the codes of a dictionary column.
     rows = rows.filter(pc.greater(pc.fill_null(rows[weight], 0), 0)).unify_dictionaries()
     sums = rows.group_by(list(by)).aggregate([(weight, "sum")])
@@ -199,9 +366,11 @@ class _Stacks:
         ids = pa.array(sorted(wanted), type=rows.schema.field("id").type)
         return rows.filter(pc.is_in(rows["id"], value_set=ids))
 
-    def left_at(self, stack: int | None) -> _Stack:
-        """Return where a thread left the CPU, root first."""
+    def left_at(self, stack: int | None, *, kernel_only: bool = False) -> _Stack:
+        """Return where a thread left the CPU, root first; a kernel thread has no user stack."""
         kernel, user, whole = self._parts.get(-1 if stack is None else stack, ((), (), False))
+        if kernel_only and kernel:
+            return tuple(reversed(kernel))
         if not user:
             return (NO_USER_STACK, TO_KERNEL, *reversed(kernel)) if kernel else (STACK_LOST,)
         cut = () if whole else (TRUNCATED,)
@@ -253,10 +422,19 @@ def _process_names(threads: pa.Table) -> dict[int, str]:
 
 
 def _totals(capture: CaptureTables) -> dict[str, int]:
-    """Return the in-kernel counters, added up over the processes."""
+    """Return the in-kernel counters, added up over the processes; causes by their names.
+
+    What the causes leave of the waiting time is unknown, if the capture has causes at all.
+    """
     columns = ("waits", "wait_ns", "blocked_ns")
-    totals = capture.table("totals", columns=columns)
-    return {column: pc.sum(totals[column]).as_py() or 0 for column in columns}
+    table = capture.table("totals", columns=(*columns, *_CAUSE_NS))
+    sums = {name: pc.sum(table[name]).as_py() or 0 for name in table.column_names}
+    totals = {column: sums[column] for column in columns}
+    totals |= {cause: sums[f"{cause}_ns"] for cause in CAUSES}
+    if any(totals[cause] for cause in CAUSES):
+        told = sum(totals[cause] for cause in CAUSES)
+        totals["unknown"] += max(0, totals["wait_ns"] - told)
+    return totals
 
 
 # --- facts for the reader -----------------------------------------------------------------------
@@ -286,7 +464,10 @@ def _facts(
         duration_us = max(0, manifest["end_ns"] - manifest["start_ns"]) // 1000
         facts.append(("for", human_us(duration_us)))
     facts.append(("waits", f"{totals['waits']:,} for {human_us(totals['wait_ns'] // 1000)}"))
-    if kind != "wait":
+    if kind == "culprit":
+        nobody_ns = sum(totals[cause] for cause in CAUSES if cause not in CULPRITS)
+        facts.append(("nobody ran", f"{human_us(nobody_ns // 1000)} of that, not in this picture"))
+    elif kind != "wait":
         facts.append(("blocked", human_us(totals["blocked_ns"] // 1000)))
     facts.append(("sampled", sampled))
     books_ns = quality.get("kernel_run_delay_ns")

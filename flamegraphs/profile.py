@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal, NamedTuple, TypeAlias
 
-FrameKind: TypeAlias = Literal["process", "thread", "user", "jit", "kernel", "marker"]
+FrameKind: TypeAlias = Literal["state", "process", "thread", "user", "jit", "kernel", "marker"]
 
 
 class Frame(NamedTuple):
@@ -23,7 +23,12 @@ class Frame(NamedTuple):
 
 
 NOT_SAMPLED = Frame("[not sampled]", "marker")
-"""Carries the exact time for which no stack was sampled; stands at the root."""
+"""Carries exact time for which no stack was sampled; stands beside those it has."""
+
+NOT_ITEMISED = Frame("[not itemised]", "state")
+"""At the root: exact time of which no row tells whose it was."""
+
+_AFTER_ALL = Frame("\U0010ffff", "marker")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,11 +71,28 @@ def whole_microseconds(weights_ns: Sequence[int], total_ns: int | None = None) -
     return whole
 
 
+def share_out(total: int, weights: Sequence[float]) -> list[int]:
+    """Split `total` in proportion to some weights, into integers that add up to it.
+
+    The weights' sum must be above 0. What rounding leaves goes to the greatest weight.
+    """
+    whole = Fraction(sum(map(Fraction, weights)))
+    shares = [int(total * Fraction(weight) / whole) for weight in weights]
+    shares[max(range(len(weights)), key=lambda i: weights[i])] += total - sum(shares)
+    return shares
+
+
 def merged(
     stacks: Iterable[tuple[tuple[Frame, ...], int]],
 ) -> list[tuple[tuple[Frame, ...], int]]:
-    """Add up equal stacks and put them in drawing order: by name, `[not sampled]` last."""
+    """Add up equal stacks and put them in drawing order: by name; what is not known comes last."""
     sums: dict[tuple[Frame, ...], int] = {}
     for stack, weight in stacks:
         sums[stack] = sums.get(stack, 0) + weight
-    return sorted(sums.items(), key=lambda item: (item[0][:1] == (NOT_SAMPLED,), item[0]))
+    return sorted(sums.items(), key=lambda item: _place(item[0]))
+
+
+def _place(stack: tuple[Frame, ...]) -> tuple[Frame, ...]:
+    if stack[:1] == (NOT_ITEMISED,):
+        return (_AFTER_ALL, *stack[1:])
+    return (*stack[:-1], _AFTER_ALL) if stack[-1:] == (NOT_SAMPLED,) else stack

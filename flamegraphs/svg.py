@@ -40,8 +40,9 @@ _TITLE: Final = 10.2  # the same at 17 px, bold
 _LABEL: Final = 6.6  # the mean, for the legend's short words
 _LINE: Final = 17
 _LEGEND: Final[dict[FrameKind, str]] = {
+    "state": "state",
     "process": "process",
-    "thread": "waker",
+    "thread": "thread",
     "user": "user",
     "jit": "JIT",
     "kernel": "kernel",

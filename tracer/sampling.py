@@ -33,7 +33,7 @@ _IOC_ENABLE, _IOC_SET_BPF = 0x2400, 0x40042408
 _FLAG_FD_CLOEXEC = 8
 
 STEP_S = 1.0
-_SHARE_OF_BUDGET = 2  # samples are stacks too: they may take so-and-so-manieth of the budget
+_SHARE_OF_BUDGET = 2  # samples are stacks too: half of the budget is theirs at most
 _MAX_LEVEL = 10
 _ONLINE = Path("/sys/devices/system/cpu/online")
 
@@ -48,7 +48,7 @@ class Sampler:
     """
 
     def __init__(self, probes: Probes, shared: Shared, options: Options) -> None:
-        self._program = probes.programs.get(ON_CPU)
+        self._program = probes.programs.get(ON_CPU, -1)
         self._shared = shared
         self._hz = options.cpu_samples_hz if options.stacks else 0
         self._limit_per_s = options.stack_budget_per_s / _SHARE_OF_BUDGET
@@ -64,7 +64,7 @@ class Sampler:
         """Start the clocks."""
         if not self._hz:
             return
-        if self._program is None:
+        if self._program < 0:
             self.refused = "the kernel refused the program"
             return
         self._set_level(0)

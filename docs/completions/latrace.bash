@@ -16,7 +16,7 @@ _latrace() {
             return
             ;;
         flame:--kind)
-            mapfile -t COMPREPLY < <(compgen -W "wait offcpu waker" -- "$word")
+            mapfile -t COMPREPLY < <(compgen -W "wait offcpu culprit waker wall" -- "$word")
             return
             ;;
         attach:--comm)
@@ -29,11 +29,11 @@ _latrace() {
             compopt -o filenames; mapfile -t COMPREPLY < <(compgen -d -- "$word")
             return
             ;;
-        attach:-d | attach:--duration | attach:--min | attach:--slow | attach:--stack-budget | attach:--cpu-samples | attach:--ring-size | run:-d | run:--duration | run:--min | run:--slow | run:--stack-budget | run:--cpu-samples | run:--ring-size | demo:-d | demo:--duration)
+        attach:-d | attach:--duration | attach:--min | attach:--slow | attach:--stack-budget | attach:--cpu-samples | attach:--ring-size | run:-d | run:--duration | run:--min | run:--slow | run:--stack-budget | run:--cpu-samples | run:--ring-size | report:--since | report:--until | report:--over | report:-o | report:--output | demo:-d | demo:--duration)
             :
             return
             ;;
-        attach:-p | attach:--pid | attach:-t | attach:--tid)
+        attach:-p | attach:--pid | attach:-t | attach:--tid | report:-t | report:--tid)
             for name in /proc/[0-9]*; do
                 [[ ${name#/proc/} != "$word"* ]] || COMPREPLY+=("${name#/proc/}")
             done
@@ -55,7 +55,7 @@ _latrace() {
         attach) words='-p --pid -t --tid --comm --cgroup --children -d --duration -o --output -f --force --min --slow --no-stacks --stack-budget --cpu-samples --ring-size --json -v --verbose -q --quiet -h --help' ;;
         run) words='--children -d --duration -o --output -f --force --min --slow --no-stacks --stack-budget --cpu-samples --ring-size --json -v --verbose -q --quiet -h --help' ;;
         flame) words='-i --input --kind --format -f --force -q --quiet -h --help' ;;
-        report) words='-i --input --json -h --help' ;;
+        report) words='-i --input --since --until -t --tid --over --json -o --output -f --force -q --quiet -h --help' ;;
         doctor) words='--json -v --verbose -h --help' ;;
         demo) words='-d --duration -o --output -v --verbose -q --quiet -h --help' ;;
     esac

@@ -6,8 +6,8 @@ local -a verbs
 verbs=(
     'attach:Trace processes until Ctrl-C, a duration or their end'
     'run:Start a program and trace it from its first instruction'
-    'flame:Draw where the threads waited, as a flame graph'
-    'report:Tell in words, or as JSON, what a capture holds'
+    'flame:Draw where the threads waited, and for whom, as a flame graph'
+    'report:Tell in words, as JSON or as a page, why the threads of a capture waited'
     'doctor:Try what tracing needs, and say what to do where it fails'
     'demo:Trace a real victim and a real culprit, and explain what is seen'
 )
@@ -60,7 +60,7 @@ case $line[1] in
     flame)
         _arguments -s \
             '(-i --input)'{-i,--input}'[The capture to read.]:DIR:_files -/' \
-            ''--kind'[What the widths are; see above.]:wait|offcpu|waker:(wait offcpu waker)' \
+            ''--kind'[What the widths are; see above.]:wait|offcpu|culprit|waker|wall:(wait offcpu culprit waker wall)' \
             ''--format'[The format, whatever OUT is called.]:svg|folded|speedscope:(svg folded speedscope)' \
             '(-f --force)'{-f,--force}'[Replace an output that exists.]' \
             '(-q --quiet)'{-q,--quiet}'[Say nothing on the way but warnings.]' \
@@ -70,7 +70,14 @@ case $line[1] in
     report)
         _arguments -s \
             '(-i --input)'{-i,--input}'[The capture to read.]:DIR:_files -/' \
+            ''--since'[Only what ended from so long after the start on\: 1m30s.]:TIME: ' \
+            ''--until'[Only what ended before that time.]:TIME: ' \
+            '(-t --tid)'{-t,--tid}'[Only these threads.]:TID\[,TID\]:_pids' \
+            ''--over'[Only waits longer than this, and sleep calls that came back so late\: 5ms.]:TIME: ' \
             ''--json'[Print the report as JSON, for machines.]' \
+            '(-o --output)'{-o,--output}'[Write a page with plots and flame graphs instead\: one file that needs nothing else. - is stdout.]:FILE.html: ' \
+            '(-f --force)'{-f,--force}'[Replace an output that exists.]' \
+            '(-q --quiet)'{-q,--quiet}'[Say nothing on the way but warnings.]' \
             '(-h --help)'{-h,--help}'[Show the help.]'
         ;;
     doctor)

@@ -20,7 +20,7 @@ from latrace.analysis import schema
 from latrace.analysis.capture import open_capture
 from latrace.flamegraphs import KINDS, Frame, Kind, Profile, build_profile
 from latrace.flamegraphs.folded import to_folded
-from latrace.flamegraphs.profile import whole_microseconds
+from latrace.flamegraphs.profile import share_out, whole_microseconds
 
 FRAMES = [
     {"id": 1, "symbol": "schedule", "module": "[kernel]", "offset": 1, "space": "kernel"},
@@ -114,8 +114,8 @@ def test_where_the_thread_left_the_cpu(stack: int | None, line: str) -> None:
     assert folded(build_profile(made, kind="wait")) == [f"{line} 5"]
     comm, _, rest = line.partition(";")
     assert folded(build_profile(made, kind="offcpu")) == [
-        f"{comm};[blocked];{rest} 7",
-        f"{comm};[waiting];{rest} 5",
+        f"[blocked];{comm};{rest} 7",
+        f"[waiting];{comm};{rest} 5",
     ]
 
 
@@ -196,12 +196,17 @@ def test_the_share_without_a_stack_is_visible_at_the_root() -> None:
     made = capture(
         [{"stack": 12, "weight_ns": 2_000_000, "blocked_weight_ns": 500_000}], totals=totals
     )
-    for kind, total, rest in (
-        ("wait", 8_000, 6_000), ("offcpu", 28_000, 25_500), ("waker", 20_000, 19_500),
-    ):  # fmt: skip
-        profile = build_profile(made, kind=kind)  # type: ignore[arg-type]
+    waiting, blocked = "[waiting];[not sampled] 6000", "[blocked];[not sampled] 19500"
+    expected: dict[Kind, tuple[int, list[str]]] = {
+        "wait": (8_000, ["[not sampled] 6000"]),
+        "offcpu": (28_000, [blocked, waiting]),
+        "waker": (20_000, ["[not sampled] 19500"]),
+        "wall": (28_000, [blocked, waiting]),
+    }
+    for kind, (total, rest) in expected.items():
+        profile = build_profile(made, kind=kind)
         assert profile.total_us == total
-        assert f"[not sampled] {rest}" in folded(profile)
+        assert [line for line in folded(profile) if "[not sampled]" in line] == rest
         assert not profile.warnings
     assert dict(build_profile(made, kind="wait").facts)["sampled"] == "25.00 %"
 
@@ -222,8 +227,8 @@ def test_a_capture_of_nothing() -> None:
 
 
 def test_an_unknown_kind_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="wait, offcpu, waker"):
-        build_profile(MemoryCapture(), kind="wall")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="wait, offcpu, culprit, waker, wall"):
+        build_profile(MemoryCapture(), kind="cpu")  # type: ignore[arg-type]
 
 
 rows = st.fixed_dictionaries(
@@ -239,7 +244,11 @@ rows = st.fixed_dictionaries(
 )
 
 
-@given(st.lists(rows, max_size=40), st.integers(0, 10**12), st.sampled_from(KINDS))
+@given(
+    st.lists(rows, max_size=40),
+    st.integers(0, 10**12),
+    st.sampled_from(["wait", "offcpu", "waker"]),
+)
 def test_the_root_is_the_exact_total_and_no_stack_is_off_by_a_microsecond(
     waits: list[dict[str, Any]], missing_ns: int, kind: Kind
 ) -> None:
@@ -256,10 +265,169 @@ def test_the_root_is_the_exact_total_and_no_stack_is_off_by_a_microsecond(
     }[kind]
     profile = build_profile(capture(waits, totals=[{"tgid": 100} | totals]), kind=kind)
     assert profile.total_us == round(Fraction(total_ns, 1000))
-    not_sampled = dict(profile.stacks).get((Frame("[not sampled]", "marker"),), 0)
-    assert abs(not_sampled * 1000 - missing_ns) < 1000
+    not_sampled = sum(us for stack, us in profile.stacks if stack[-1].name == "[not sampled]")
+    assert kind == "offcpu" or abs(not_sampled * 1000 - missing_ns) < 1000
     assert all(weight > 0 for _, weight in profile.stacks)
     assert len({stack for stack, _ in profile.stacks}) == len(profile.stacks)
+
+
+CAUSES = ("throttled", "irq", "softirq", "idle", "kthread", "own", "other", "unknown")
+
+
+def caused(**parts: int) -> dict[str, int]:
+    """A wait, or totals of waits, with these parts (ns)."""
+    return {f"{cause}_ns": parts.get(cause, 0) for cause in CAUSES} | {
+        "wait_ns": sum(parts.values())
+    }
+
+
+def test_each_cause_is_a_frame_as_wide_as_its_exact_total() -> None:
+    """A sampled wait is split by its own parts, at the root: causes are the first thing seen."""
+    rows = [
+        {"stack": 12, "weight_ns": 8_000} | caused(other=3_000, idle=1_000),
+        {"stack": 13, "weight_ns": 4_000} | caused(throttled=4_000),
+    ]
+    totals = [
+        {"tgid": 100, "blocked_ns": 0}
+        | caused(other=20_000, idle=2_000, throttled=4_000, irq=3_000)
+    ]
+    profile = build_profile(capture(rows, totals=totals), kind="wait")
+    assert folded(profile) == [
+        "[waiting: idle];app;[no user stack];-;schedule 2",
+        "[waiting: irq];[not sampled] 3",
+        "[waiting: other];app;[no user stack];-;schedule 6",
+        "[waiting: other];[not sampled] 14",
+        "[waiting: throttled];app;[unknown];app+0x1234 4",
+    ]
+    assert profile.total_us == 29
+
+
+def test_samples_that_by_chance_exceed_a_cause_share_what_it_is() -> None:
+    """The root stays the exact total: what is too much in one cause is missing in another."""
+    rows = [
+        {"stack": 12, "weight_ns": 9_000} | caused(other=1_000),
+        {"stack": 13, "weight_ns": 3_000} | caused(other=1_000),
+    ]
+    totals = [{"tgid": 100} | caused(other=8_000, own=6_000)]
+    profile = build_profile(capture(rows, totals=totals), kind="wait")
+    assert folded(profile) == [
+        "[waiting: other];app;[no user stack];-;schedule 6",
+        "[waiting: other];app;[unknown];app+0x1234 2",
+        "[waiting: own];[not sampled] 6",
+    ]
+    assert not profile.warnings
+
+
+def test_what_the_causes_leave_of_the_waits_is_unknown() -> None:
+    totals = [{"tgid": 100, "wait_ns": 10_000, "other_ns": 7_000, "unknown_ns": 1_000}]
+    rows = [{"stack": 12, "weight_ns": 2_000, "wait_ns": 5}]  # of before causes
+    assert folded(build_profile(capture(rows, totals=totals), kind="wait")) == [
+        "[waiting: other];[not sampled] 7",
+        "[waiting: unknown];app;[no user stack];-;schedule 2",
+        "[waiting: unknown];[not sampled] 1",
+    ]
+
+
+causes = st.fixed_dictionaries({cause: st.integers(0, 10**12) for cause in CAUSES})
+
+
+@given(st.lists(causes, max_size=20), causes, st.sampled_from(["wait", "offcpu", "wall"]))
+def test_the_root_is_exact_with_causes_too(
+    waits: list[dict[str, int]], more: dict[str, int], kind: Kind
+) -> None:
+    """Whatever is sampled: each cause has its exact width, and the root is their sum."""
+    rows = [
+        {"stack": 12, "weight_ns": sum(wait.values()), "blocked_weight_ns": 7_000} | caused(**wait)
+        for wait in waits
+    ]
+    total = {cause: sum(wait[cause] for wait in [*waits, more]) for cause in CAUSES}
+    blocked_ns = 10_000 * len(rows)
+    totals = [{"tgid": 100, "blocked_ns": blocked_ns} | caused(**total)]
+    profile = build_profile(capture(rows, totals=totals), kind=kind)
+    exact_ns = sum(total.values()) + (blocked_ns if kind != "wait" else 0)
+    assert profile.total_us == round(Fraction(exact_ns, 1000))
+    for cause in CAUSES if sum(total.values()) else ():
+        drawn = [us for stack, us in profile.stacks if stack[0].name == f"[waiting: {cause}]"]
+        assert abs(sum(drawn) * 1000 - total[cause]) < 1000 * max(1, len(drawn))
+    assert not profile.warnings
+
+
+def ran(cause: str, comm: str, tgid: int, dur_ns: int, sampled: tuple[int, int]) -> dict[str, Any]:
+    """A slice; `sampled`: its stack and what that stands for (ns)."""
+    return {
+        "cause": cause,
+        "comm": comm,
+        "tgid": tgid,
+        "dur_ns": dur_ns,
+        "stack": sampled[0],
+        "weight_ns": sampled[1],
+    }
+
+
+SLICES = [
+    ran("other", "indexer", 900, 6_000, (10, 2_000)),
+    ran("other", "indexer", 900, 4_000, (-1, 0)),
+    ran("other", "indexer", 901, 1_000, (12, 5_000)),
+    ran("own", "worker", 100, 3_000, (10, 3_000)),
+    ran("kthread", "kworker/0:1", 33, 2_000, (12, 2_000)),
+    {"cause": "irq", "tgid": -1, "dur_ns": 1_000, "stack": -1, "weight_ns": 0},
+    {"cause": "softirq", "vector": "NET_RX", "tgid": -1, "dur_ns": 2_000, "stack": -1},
+]
+
+
+def test_culprits_are_as_wide_as_the_time_they_ran() -> None:
+    """Their stacks share that; what no slice tells of stands beside, by cause, and is exact."""
+    parts = {"other": 20_000, "own": 3_000, "kthread": 2_000, "irq": 2_000, "softirq": 2_000}
+    totals = [{"tgid": 100} | caused(idle=60_000, throttled=10_000, **parts)]
+    profile = build_profile(capture([], slices=SLICES, totals=totals), kind="culprit")
+    assert folded(profile) == [
+        "[irq] 1",
+        "[softirq];NET_RX 2",
+        "indexer (900);main;read;-;do_syscall_64;schedule 2",
+        "indexer (900);[not sampled] 8",
+        "indexer (901);[no user stack];-;schedule 1",
+        "kworker/0:1 [kernel thread];schedule 2",
+        "worker (100) [own thread];main;read;-;do_syscall_64;schedule 3",
+        "[not itemised];[irq] 1",
+        "[not itemised];[other] 9",
+    ]
+    assert profile.total_us * 1000 == sum(parts.values())
+    assert dict(profile.facts)["nobody ran"] == "70 µs of that, not in this picture"
+
+
+def test_slices_that_the_counters_do_not_know_yet_are_all_shown() -> None:
+    """A capture that was cut off: its last rows are younger than its last counters."""
+    made = capture([], slices=SLICES, totals=[], manifest={"complete": False})
+    profile = build_profile(made, kind="culprit")
+    assert profile.total_us == 19
+    assert not [line for line in folded(profile) if "itemised" in line]
+
+
+def test_all_time_keeps_the_states_apart() -> None:
+    """On-CPU time is what the samples say; the rest is counted."""
+    made = capture(
+        [{"stack": 12, "weight_ns": 2_000, "blocked_weight_ns": 3_000} | caused(other=2_000)],
+        totals=[{"tgid": 100, "blocked_ns": 5_000} | caused(other=2_000)],
+        samples=[{"tgid": 100, "stack": 13, "weight_ns": 20_000} for _ in range(3)],
+    )
+    profile = build_profile(made, kind="wall")
+    assert folded(profile) == [
+        "[blocked];app;[no user stack];-;schedule 3",
+        "[blocked];[not sampled] 2",
+        "[on CPU];app;[unknown];app+0x1234 60",
+        "[waiting: other];app;[no user stack];-;schedule 2",
+    ]
+
+
+@given(st.integers(0, 10**20), st.lists(st.integers(0, 10**15) | st.floats(0, 1e15), min_size=1))
+def test_shares_add_up_and_are_in_proportion(total: int, weights: list[float]) -> None:
+    whole = sum(map(Fraction, weights))
+    if not whole:
+        return
+    shares = share_out(total, weights)
+    assert sum(shares) == total
+    for share, weight in zip(shares, weights, strict=True):
+        assert abs(share - total * Fraction(weight) / whole) <= len(weights)
 
 
 @given(st.lists(st.integers(0, 10**13), max_size=60))

@@ -20,7 +20,9 @@ class Kind(StrEnum):
 
     wait = "wait"
     offcpu = "offcpu"
+    culprit = "culprit"
     waker = "waker"
+    wall = "wall"
 
 
 class Format(StrEnum):
@@ -61,19 +63,23 @@ def flame(
     force: params.Force = False,
     quiet: params.Quiet = False,
 ) -> None:
-    """Draw where the threads waited, as a flame graph.
+    """Draw where the threads waited, and for whom, as a flame graph.
 
     Reads a capture; needs no root.
 
     \b
-    --kind wait    where a thread left the CPU before it waited to run again
-    --kind offcpu  the same for all time off the CPU, blocked and waiting apart
-    --kind waker   who ended the blocked time, below the thread that was blocked
+    --kind wait     where a thread left the CPU before it waited to run again,
+                    by the cause of the wait
+    --kind culprit  who ran while it waited, and what they were doing
+    --kind offcpu   the first for all time off the CPU, blocked and waiting apart
+    --kind wall     the same, and what the threads did on the CPU beside it
+    --kind waker    who ended the blocked time, below the thread that was blocked
 
     Widths are time in microseconds; what was not sampled stands beside.
 
     \b
     latrace flame wait.svg
+    latrace flame --kind culprit who.svg
     latrace flame --kind offcpu - | flamegraph.pl --countname=us > out.svg
     """
     status = Status(quiet=quiet)
