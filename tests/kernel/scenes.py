@@ -7,10 +7,13 @@ a second witness (timeline.py) records what that CPU did.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import signal
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from cgroups import Group, Groups
 from invariants import CAUSES, check_causes, ints, parts
-from timeline import IRQ, SOFTIRQ, UNSEEN, Timeline, recording
+from timeline import IRQ, SOFTIRQ, UNSEEN, Recording, Timeline, recording
 from tracing import Traced, trace
 
 from latrace.tracer.options import Options
@@ -38,13 +41,17 @@ class Neighbour:
     facts: dict[str, float] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Scene:
     """A traced victim and the second witness."""
 
     traced: Traced
-    timeline: Timeline
+    recording: Recording
     kthreads: frozenset[int]
+
+    @cached_property
+    def timeline(self) -> Timeline:
+        return self.recording.timeline()
 
     @property
     def waits(self) -> pa.Table:
@@ -110,6 +117,14 @@ def kernel_threads() -> frozenset[int]:
     return frozenset(found)
 
 
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Have no scene of another test run meanwhile: both would be as heavy."""
+    with (Path(tempfile.gettempdir()) / "latrace-scenes.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 @dataclass(frozen=True, slots=True)
 class Stage:
     """Where scenes are played: the program, and the groups to run it in."""
@@ -170,8 +185,8 @@ class Stage:
                 make_options=into_group,
                 meanwhile=meanwhile,
             )
-            timeline = second.timeline()
-        scene = Scene(traced, timeline, kthreads | kernel_threads())
+            second.stop()
+        scene = Scene(traced, second, kthreads | kernel_threads())
         check_causes(traced.capture)
         exact = parts(traced.capture.totals)
         assert exact["unknown"] <= UNKNOWN_AT_MOST * sum(exact.values()), exact

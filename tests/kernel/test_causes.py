@@ -15,7 +15,7 @@ import pyarrow as pa
 import pytest
 from cgroups import cpu_groups
 from invariants import ints, names, parts
-from scenes import CPU, Scene, Stage
+from scenes import CPU, Scene, Stage, alone
 from tracing import build
 
 pytestmark = pytest.mark.kernel
@@ -28,7 +28,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def stage(program: Path, tmp_path: Path) -> Iterator[Stage]:
-    with cpu_groups() as groups:
+    with alone(), cpu_groups() as groups:
         yield Stage(program, groups, tmp_path / "c")
 
 
@@ -188,13 +188,17 @@ def test_an_idle_cpu_has_no_culprit(stage: Stage) -> None:
     """Woken from another CPU, on one that sleeps: what it waits for is the CPU's waking up."""
     if (os.cpu_count() or 1) < 2:
         pytest.skip("needs a second CPU to wake from")
-    scene = stage.play("ping", 1500, 1000)
-    tid = int(scene.traced.facts["tid"])
-    waits = scene.waits_of(tid)
-    theirs = scene.witnessed(waits)
-    # Others may have run there: leave out the waits that the second witness saw them in.
-    quiet = (theirs["other"] + theirs["kthread"] + theirs["own"]) == 0
-    assert quiet.sum() > 500
+    # Others may run there: leave out the waits that the second witness saw them in.
+    for turn in range(5):
+        again = Stage(stage.program, stage.groups, stage.output.with_name(f"turn{turn}"))
+        scene = again.play("ping", 1500, 1000)
+        tid = int(scene.traced.facts["tid"])
+        waits = scene.waits_of(tid)
+        theirs = scene.witnessed(waits)
+        quiet = (theirs["other"] + theirs["kthread"]) == 0
+        if quiet.sum() > 500:
+            break
+    assert quiet.sum() > 500, "this CPU was never idle"
     alone = waits.filter(pa.array(quiet))
     ours = parts(alone)
     total = waited(alone)
@@ -202,12 +206,14 @@ def test_an_idle_cpu_has_no_culprit(stage: Stage) -> None:
     assert ours["other"] == ours["own"] == ours["kthread"] == ours["throttled"] == 0
     assert ours["idle"] == pytest.approx(theirs["idle"][quiet].sum(), rel=0.03)
     keys = set(ints(alone, "run_ns").tolist())
-    slices = [
+    invented = [
         row
         for row in scene.slices.to_pylist()
-        if row["victim_tid"] == tid and row["victim_run_ns"] in keys
+        if row["victim_tid"] == tid
+        and row["victim_run_ns"] in keys
+        and row["cause"] not in ("irq", "softirq")
     ]
-    assert not [row for row in slices if row["cause"] not in ("irq", "softirq")]
+    assert not invented
 
 
 def test_short_waits_are_taken_apart_too(stage: Stage) -> None:

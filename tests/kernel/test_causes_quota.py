@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 from cgroups import Group, cpu_groups
 from invariants import ints, names, parts
-from scenes import Scene, Stage
+from scenes import Scene, Stage, alone
 from tracing import build
 
 pytestmark = pytest.mark.kernel
@@ -25,7 +25,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def stage(program: Path, tmp_path: Path) -> Iterator[Stage]:
-    with cpu_groups() as groups:
+    with alone(), cpu_groups() as groups:
         yield Stage(program, groups, tmp_path / "c")
 
 
@@ -37,10 +37,11 @@ def limited(scene: Scene, group: Group) -> dict[str, Any]:
     """What the manifest says of a group, checked against the group's own file."""
     entries = scene.traced.capture.manifest["cgroups_limited"]
     (entry,) = [entry for entry in entries if entry["cgroup"] == group.name]
-    # The group was made for the scene: its counters began with it, or a little before.
+    # The group was made for the scene: its counters began with it, or, while the program waited
+    # for the tracer to attach, a little before.
     now = group.throttling()
     assert abs(entry["nr_throttled"] - now.nr_throttled) <= 1
-    assert abs(entry["nr_periods"] - now.nr_periods) <= 3
+    assert entry["nr_throttled"] <= entry["nr_periods"] <= now.nr_periods
     assert entry["throttled_ns"] == pytest.approx(now.throttled_ns, rel=0.02)
     return dict(entry)
 

@@ -13,6 +13,7 @@ import struct
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -60,13 +61,14 @@ class Timeline:
 
 
 class Recording:
-    """Records one CPU from its making on; `timeline` ends it."""
+    """Records one CPU from `start` to `stop`; `timeline` decodes it, when there is time."""
 
     def __init__(self, tracefs: Path, cpu: int) -> None:
         self._cpu = cpu
         self._instance = tracefs / "instances" / f"latrace-test-{os.getpid()}"
         self._events: dict[int, tuple[str, int]] = {}
         """By number: what it is, and where the one field that matters lies."""
+        self._pages: list[bytes] = []
         self._instance.mkdir()
 
     def start(self) -> None:
@@ -103,12 +105,21 @@ class Recording:
     def close(self) -> None:
         self._instance.rmdir()
 
-    def timeline(self) -> Timeline:
-        """Stop, and tell what the CPU did. Fails when an event was lost."""
+    def stop(self) -> None:
+        """End the recording and take it over from the kernel."""
         self._write("tracing_on", "0")
+        path = self._instance / f"per_cpu/cpu{self._cpu}/trace_pipe_raw"
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        with contextlib.suppress(BlockingIOError):
+            while page := os.read(fd, _PAGE):
+                self._pages.append(page)
+        os.close(fd)
+
+    def timeline(self) -> Timeline:
+        """Tell what the CPU did. Fails when an event was lost."""
         result = Timeline(self._cpu)
         occupant, hard, soft = UNSEEN, 0, 0
-        for when, kind, value in self._read():
+        for when, kind, value in chain.from_iterable(map(self._decode, self._pages)):
             if kind == "switch":
                 occupant = value
             elif kind == "irq_entry":
@@ -128,21 +139,6 @@ class Recording:
         first = next((i for i, state in enumerate(result.states) if state != UNSEEN), 0)
         result.start_ns = result.edges[first]
         return result
-
-    def _read(self) -> Iterator[tuple[int, str, int]]:
-        path = self._instance / f"per_cpu/cpu{self._cpu}/trace_pipe_raw"
-        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-        try:
-            while True:
-                try:
-                    page = os.read(fd, _PAGE)
-                except BlockingIOError:
-                    return
-                if not page:
-                    return
-                yield from self._decode(page)
-        finally:
-            os.close(fd)
 
     def _decode(self, page: bytes) -> Iterator[tuple[int, str, int]]:
         """Decode the events of a page, as in include/linux/ring_buffer.h."""
