@@ -7,11 +7,13 @@ from typing import Annotated
 
 import typer
 
+from latrace.analysis.words import size
 from latrace.tracer.commands import params
+from latrace.tracer.commands.console import Status, write_out
 from latrace.tracer.commands.quantities import parse_duration, parse_moment
 from latrace.tracer.commands.tracing import print_summary
 from latrace.tracer.errors import UsageError
-from latrace.tracer.outputs import DEFAULT_NAME
+from latrace.tracer.outputs import DEFAULT_NAME, open_output_file
 from latrace.tracer.targets import parse_ids
 
 Since = Annotated[
@@ -36,6 +38,17 @@ Over = Annotated[
     ),
 ]
 
+Page = Annotated[
+    str | None,
+    typer.Option(
+        "-o",
+        "--output",
+        metavar="FILE.html",
+        help="Write a page with plots and flame graphs instead: one file that needs nothing"
+        " else. - is stdout.",
+    ),
+]
+
 
 def report(
     *,
@@ -45,17 +58,23 @@ def report(
     tid: Tid = None,
     over: Over = None,
     as_json: params.Json = False,
+    out: Page = None,
+    force: params.Force = False,
+    quiet: params.Quiet = False,
 ) -> None:
-    """Tell in words, or as JSON, why the threads of a capture waited.
+    """Tell in words, as JSON or as a page, why the threads of a capture waited.
 
     What the slow waits were spent on and who had the CPU meanwhile, how exact
     the figures are, and what tracing cost. Needs no root.
 
     \b
     latrace report
+    latrace report -o report.html
     latrace report --since 1m30s --until 1m35s --over 5ms
     latrace report --json -i spike.data | jq .waits.tail.by_cause_ns
     """
+    if out is not None:
+        _check_page(out, as_json=as_json)
     from latrace.analysis.capture import open_capture  # noqa: PLC0415 - pyarrow takes 0.1 s
     from latrace.analysis.selection import Selection  # noqa: PLC0415
     from latrace.analysis.summary import summarise  # noqa: PLC0415
@@ -71,4 +90,30 @@ def report(
             f"nothing lies between --since {since or 0} and --until {until}",
             hint="both count from the start of the capture",
         )
-    print_summary(summarise(open_capture(source), selection=selection), as_json=as_json)
+    capture = open_capture(source)
+    summary = summarise(capture, selection=selection)
+    if out is None:
+        print_summary(summary, as_json=as_json)
+        return
+    from latrace.analysis.report_html import render_html  # noqa: PLC0415 - matplotlib: 1 s
+
+    page = render_html(capture, summary, selection=selection)
+    if out == "-":
+        write_out(page)
+        return
+    path = Path(out)
+    with open_output_file(path, force=force) as stream:
+        stream.write(page)
+    status = Status(quiet=quiet)
+    status.say(f"Wrote {path} ({size(len(page))})")
+    status.say("Next: open it in a browser; it asks nothing of the network")
+
+
+def _check_page(out: str, *, as_json: bool) -> None:
+    if as_json:
+        raise UsageError("--json and --output exclude each other", hint="run it twice")
+    if out != "-" and not out.lower().endswith((".html", ".htm")):
+        raise UsageError(
+            f"the report is written as a page, and the name {out} says otherwise",
+            hint="end it in .html; the words and the JSON go to stdout: > FILE",
+        )

@@ -1,0 +1,89 @@
+"""A capture as one HTML page that needs nothing else: words, plots, flame graphs.
+
+    page = render_html(capture, summarise(capture))
+
+Nothing here needs a kernel or root. What the capture says is hostile: it is shown as text, and the
+page allows no script but the flame graphs' own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+from latrace.analysis.capture import Capture
+from latrace.analysis.report_html import charts, series
+from latrace.analysis.report_html.page import Flame, Pictures, write_page
+from latrace.analysis.report_html.wording import percent
+from latrace.analysis.selection import Selection
+from latrace.flamegraphs import KINDS, build_profile, to_svg
+
+__all__ = ["render_html"]
+
+_EVERYTHING: Final = Selection()
+_FLAMES: Final = {
+    "wait": ("Waiting to run", "where threads left the CPU before they waited"),
+    "culprit": ("Culprits", "what had the CPU meanwhile"),
+    "offcpu": ("Off the CPU", "blocked and waiting apart"),
+    "waker": ("Wakers", "who ended the blocked time"),
+    "wall": ("Wall clock", "on the CPU, waiting and blocked in one picture"),
+}
+
+
+def render_html(
+    capture: Capture, summary: Mapping[str, Any], *, selection: Selection = _EVERYTHING
+) -> bytes:
+    """Write a report as an HTML document, UTF-8.
+
+    `summary` is what `summarise` says of the same selection. The flame graphs are of the whole
+    capture. The same capture gives the same bytes. Raises CaptureError for a damaged file.
+    """
+    return write_page(summary, capture.manifest, _pictures(capture, summary, selection)).encode(
+        "utf-8"
+    )
+
+
+def _pictures(capture: Capture, summary: Mapping[str, Any], selection: Selection) -> Pictures:
+    told = summary["capture"]
+    begin, end = selection.window_ns(int(told["duration_s"] * 1e9))
+    window = series.Window(capture_ns=told["start_ns"], begin_ns=begin, end_ns=end)
+    waits = series.read_waits(capture, window, selection)
+    counts = waits.hist
+    if selection.everything and not summary["quality"]["totals_from_rows"]:
+        exact = series.exact_histogram(capture)
+        counts = exact if exact.any() else counts
+    sleeps = series.read_sleeps(capture, window, selection)
+    marks = charts.marks_of(summary["waits"])
+    lines = [(label, ns) for label, _, ns in marks if label in ("P50", "P99")]
+    return Pictures(
+        heat=charts.heat_map(waits, window, lines) if waits.rows else "",
+        causes=charts.causes_over_time(waits, window) if waits.rows and waits.has_causes else "",
+        tail=charts.tail_curve(counts, marks) if counts.any() else "",
+        sleeps=charts.sleep_calls(sleeps, [line["call"] for line in summary["sleeps"]])
+        if sleeps.grids
+        else "",
+        heat_note=_note(summary, selection),
+        flames=_flames(capture),
+    )
+
+
+def _note(summary: Mapping[str, Any], selection: Selection) -> str:
+    quality, waits = summary["quality"], summary["waits"]
+    if not selection.everything or quality["rows"] >= waits["count"]:
+        return ""
+    return (
+        f"Of the {quality['rows']:,} waits that were recorded in detail: "
+        f"{percent(quality['rows'], waits['count'])} of all, "
+        f"{percent(quality['row_wait_ns'], waits['total_ns'])} of the waiting."
+    )
+
+
+def _flames(capture: Capture) -> list[Flame]:
+    drawn = []
+    for kind in sorted(KINDS, key=lambda one: list(_FLAMES).index(one) if one in _FLAMES else 99):
+        profile = build_profile(capture, kind=kind)
+        sampled = [stack for stack, _ in profile.stacks if len(stack) > 1]
+        if sampled:
+            title, about = _FLAMES.get(kind, (kind, ""))
+            drawn.append(Flame(title=title, about=about, svg=to_svg(profile)))
+    return drawn
