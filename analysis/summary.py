@@ -44,7 +44,10 @@ def summarise(
 
     Raises CaptureError for a damaged file.
     """
-    processes = _processes(capture) if selection.everything else {}
+    processes = _processes(capture)
+    recorded = sum(process.sum.count for process in processes.values())
+    if not selection.everything:
+        processes = {}
     counted = _histogram(capture) if processes else None
     surveyed = survey(capture, selection) if counted is None else Survey()
     exact = selection.everything and (bool(processes) or not surveyed.all)
@@ -71,7 +74,11 @@ def summarise(
         "schema": SCHEMA_VERSION,
         "capture": _capture(capture, rows, names),
         "selection": _selection(capture, rows, selection),
-        "quality": {**_quality(capture, rows, threads, total), "totals_from_rows": not exact},
+        "quality": {
+            **_quality(capture, rows, threads),
+            "waits": recorded or rows.recorded.count,
+            "totals_from_rows": not exact,
+        },
         "waits": {
             **_waits(counts, total, processes, rows),
             "by_cause_ns": by_cause(parts),
@@ -359,9 +366,7 @@ def _selection(capture: Capture, rows: Rows, selection: Selection) -> dict[str, 
     }
 
 
-def _quality(
-    capture: Capture, rows: Rows, threads: list[dict[str, Any]], total: Sum
-) -> dict[str, Any]:
+def _quality(capture: Capture, rows: Rows, threads: list[dict[str, Any]]) -> dict[str, Any]:
     quality = _object(capture.manifest, "quality")
     kernel, traced = (_number(quality, f"{who}_run_delay_ns") for who in ("kernel", "traced"))
     blind = _object(quality, "books_blind")
@@ -373,7 +378,6 @@ def _quality(
     }
     return {
         **further,
-        "waits": total.count,
         **{key: _number(quality, key) for key in _QUALITY_COUNTS},
         "degraded": [entry for entry in _list(quality, "degraded") if isinstance(entry, dict)],
         "rows": rows.recorded.count,
