@@ -108,6 +108,8 @@ _VECTORS = (
 
 def slice_columns(slices: npt.NDArray[np.void], stacks: npt.NDArray[np.int32]) -> dict[str, Any]:
     """Columns of the table `slices`; `slices`: shape (n,) of dtype SLICE."""
+    import pyarrow.compute as pc  # noqa: PLC0415 - as above
+
     from .writer import names_from_bytes, names_from_codes  # noqa: PLC0415 - as above
 
     thread = slices["tid"] != 0  # else an interrupt
@@ -122,7 +124,7 @@ def slice_columns(slices: npt.NDArray[np.void], stacks: npt.NDArray[np.int32]) -
         "cpu": slices["cpu"],
         "tid": of_thread("tid", -1),
         "tgid": of_thread("tgid", -1),
-        "comm": names_from_bytes(slices["comm"]),
+        "comm": pc.if_else(thread, names_from_bytes(slices["comm"]).cast("string"), None),
         "cgroup": names_from_codes(slices["cgroup"], cgroup_name),
         "policy": names_from_codes(
             of_thread("policy", -1), lambda code: _POLICIES[code] if 0 <= code < 8 else None
