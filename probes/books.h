@@ -50,6 +50,7 @@ static inline void count_unseen(struct thread_state *s, struct cpu_state *c, u64
 
 	causes[CAUSE_UNKNOWN] = ns;
 	c->missed_switches += waits;
+	c->unseen_ns += ns;
 	c->recovered++;
 	s->wait.kind = WAIT_WAKEUP;
 	s->wait.blocked_ns = 0;

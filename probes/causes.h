@@ -23,6 +23,9 @@ enum clock { CLOCK_IRQ, CLOCK_SOFTIRQ, CLOCK_IDLE, CLOCK_KTHREAD, CLOCK_USER, CL
 #define STAYS 64		/* remembered on each CPU */
 #define OWN_CLOCKS 1024		/* processes by hash, on each CPU */
 
+/* Keys of culprits' stacks: where no wait that has slices includes the stay, nobody asks for it. */
+#define CULPRIT_KEYS (1ULL << 62)
+
 struct cpu_clock {
 	u64 begun, done;		/* changes: one is under way while they differ */
 	u64 since_ns;			/* accounted up to here; 0: the clocks stand */
@@ -471,7 +474,7 @@ static inline void remember_stay(void *ctx, struct cpu_clock *k, u64 task, u64 n
 	y->weight_ns = sample_weight(&k->culprit_acc_ns, now - y->start_ns, o->wait_period_ns,
 				     o->slow_ns, o->tokens > 0);
 	if (y->weight_ns) {
-		u64 key = new_key(c);
+		u64 key = CULPRIT_KEYS | new_key(c);
 
 		take_token(o);
 		if (send_stack(ctx, c, key, task, y->clock == CLOCK_USER, SCRATCH_CULPRIT))

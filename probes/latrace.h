@@ -127,7 +127,8 @@ struct cpu_state {
 	u64 discarded, no_start, missed_switches, recovered, no_storage, open_at_start;
 	/* the kernel's books, task->sched_info */
 	u64 timed_waits, timed_ns, kernel_ns, kernel_count, blind_waits, blind_ns, unbooked;
-	u64 pad[3];			/* no two CPUs share a cache line */
+	u64 unseen_ns;			/* waits whose events were not fired */
+	u64 pad[2];			/* no two CPUs share a cache line */
 };
 
 struct comm_pattern { u64 value[2], mask[2]; };

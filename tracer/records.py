@@ -235,7 +235,8 @@ CPU_STATE = np.dtype(
         ("blind_waits", "<u8"),
         ("blind_ns", "<u8"),
         ("unbooked", "<u8"),
-        ("pad", "<u8", 3),
+        ("unseen_ns", "<u8"),
+        ("pad", "<u8", 2),
     ]
 )
 CONTROL = np.dtype(

@@ -329,6 +329,7 @@ class Tracer:
             "open_at_start": counters["open_at_start"],
             "no_start": counters["no_start"],
             "missed_switches": counters["missed_switches"],
+            "unseen_ns": counters["unseen_ns"],
             "recovered": counters["recovered"],
             "discarded": counters["discarded"],
             "no_storage": counters["no_storage"],

@@ -43,6 +43,7 @@ _ROOTS = frozenset(
     }
 )
 
+_CULPRIT_KEYS = 1 << 62  # see probes/causes.h
 _WAITING_CELLS, _WAITING_STACKS = 1 << 12, 1 << 14
 _REMEMBERED = 1 << 17  # distinct stacks; beyond, all are forgotten: one that recurs gets a new id
 
@@ -94,7 +95,7 @@ class StackCells:
     def add(self, cells: npt.NDArray[np.void]) -> None:
         """Take cells, shape (n,) of dtype STACK, in ring order."""
         if len(self._by_key) > _WAITING_STACKS:  # their rows were lost to a full ring
-            self._dropped += len(self._by_key)
+            self._dropped += self._unclaimed()
             self._by_key.clear()
         cells = np.concatenate([self._waiting, cells])
         order = np.lexsort((cells["part"], cells["key"]))
@@ -130,9 +131,13 @@ class StackCells:
             here[index] = int(keys[index]) in self._by_key
         return here
 
+    def _unclaimed(self) -> int:
+        """Stacks whose row did not come, though it was sent."""
+        return sum(not key & _CULPRIT_KEYS for key in self._by_key)
+
     def forget(self) -> int:
         """Drop what waits for cells that never came or rows that never came; returns how many."""
-        dropped = self._dropped + len(np.unique(self._waiting["key"])) + len(self._by_key)
+        dropped = self._dropped + len(np.unique(self._waiting["key"])) + self._unclaimed()
         self._waiting = np.empty(0, STACK)
         self._by_key.clear()
         return dropped
