@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -141,15 +141,21 @@ def _process(who: Who) -> tuple[str, int, str]:
     return who.cause, who.tgid, who.vector
 
 
-def throttling(rows: Rows, limited: Iterable[Any]) -> list[dict[str, Any]]:
+def throttling(
+    rows: Rows, limited: Iterable[Any], targets: Collection[str]
+) -> list[dict[str, Any]]:
     """List the groups that have a CPU quota: what it cost in waits, and their own statistics.
 
-    `limited`: `cgroups_limited` of the manifest; what is not as it should be there is left out.
+    `limited`: `cgroups_limited` of the manifest; what is not as it should be there is left out, as
+    are groups that held up no wait and that none of `targets`, the targets' groups, lies in.
     """
     groups: dict[str, dict[str, Any]] = {}
     for line in limited:
-        if isinstance(line, dict) and isinstance(line.get("cgroup"), str):
-            groups[line["cgroup"]] = {
+        cgroup = line.get("cgroup") if isinstance(line, dict) else None
+        if isinstance(cgroup, str) and (
+            cgroup in rows.throttled or any(_within(target, cgroup) for target in targets)
+        ):
+            groups[cgroup] = {
                 key: line[key]
                 for key in _LIMITS
                 if isinstance(line.get(key), int | float) and not isinstance(line[key], bool)
@@ -169,6 +175,10 @@ def throttling(rows: Rows, limited: Iterable[Any]) -> list[dict[str, Any]]:
             }
         )
     return sorted(listed, key=lambda group: (-group["tail_ns"], -group["wait_ns"], group["cgroup"]))
+
+
+def _within(cgroup: str, ancestor: str) -> bool:
+    return cgroup == ancestor or cgroup.startswith(ancestor.rstrip("/") + "/")
 
 
 def sleeps(evidence: Evidence) -> list[dict[str, Any]]:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from latrace.analysis.causes import CAUSES
-from latrace.analysis.frames import telling
 from latrace.analysis.page import BOLD, NUMBER, Page, comm, frames, who
 from latrace.analysis.words import (
     duration,
@@ -226,8 +225,8 @@ def causes(page: Page, summary: Summary) -> None:
     _row(page, "  in all", [*slow_whole, *whole], style=BOLD)
     if tail["rows"] < tail["count"]:
         page.prose(
-            f"Of the slow waits {plural(tail['rows'], 'has', 'have')} details, of "
-            f"{tail['count']:,}: these are in the left column."
+            f"The left column is of the {tail['rows']:,} slow waits, of {tail['count']:,}, whose "
+            "details were recorded."
         )
     for text in _beside(summary):
         page.prose(text)
@@ -336,15 +335,15 @@ def _identity(one: Entry) -> tuple[Any, ...]:
 def _details(summary: Summary, one: Entry, room: int) -> Iterator[str]:
     """Yield how a culprit was scheduled, where that is out of the ordinary, and what it did."""
     ordinary = {thread.get("cgroup", "") for thread in summary["threads"]} | {"", "/"}
+    kernel = one["cause"] == "kthread"
     how = [_policy(one)]
     if one["cause"] == "other" and one["cgroup"] not in ordinary:
         how.append(f"cgroup {_cgroup(one['cgroup'])}")
     if any(how):
         yield ", ".join(filter(None, how))
-    kernel, user = one["stack"][: one["kernel_frames"]], one["stack"][one["kernel_frames"] :]
-    names = user or telling(kernel)
-    if names:
-        yield f"in {frames(names, room - 3)}"
+    if one["work"]:
+        did = "until it blocked in" if one["left"] == "blocked" and not kernel else "in"
+        yield f"{did} {frames(one['work'], room - len(did) - 1)}"
 
 
 def _beside(summary: Summary) -> Iterator[str]:

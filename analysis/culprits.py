@@ -248,18 +248,27 @@ def entry(
         "cgroup": max(cgroups, key=lambda cgroup: (cgroups[cgroup], cgroup), default=""),
         "stack": [*stack.kernel, *stack.user],
         "kernel_frames": len(stack.kernel),
-        "mostly": _mostly(sampled, stacks),
+        "work": list(stack.work),
+        "left": stack.left,
+        "mostly": _mostly(sampled, stacks, of_kernel=who.cause == "kthread"),
     }
 
 
-def _mostly(sampled: Mapping[int, int], stacks: Mapping[int, NamedStack]) -> dict[str, Any] | None:
-    """Name the function that a culprit spent most of its time in, if there is such a one."""
-    leaves: dict[str, int] = {}
+def _mostly(
+    sampled: Mapping[int, int], stacks: Mapping[int, NamedStack], *, of_kernel: bool
+) -> dict[str, Any] | None:
+    """Name the function that a culprit spent most of its time in, if there is such a one.
+
+    A stack shows where a thread was when it left the CPU. One that blocked does not show what it
+    did before, except that a kernel thread has but one thing to do.
+    """
+    functions: dict[str, int] = {}
     for number, weight in sampled.items():
-        leaf = stacks.get(number, NamedStack()).leaf
-        leaves[leaf] = leaves.get(leaf, 0) + weight
-    total = sum(leaves.values())
-    function = max(leaves, key=lambda leaf: (leaves[leaf], leaf), default="")
-    if not function or leaves[function] < _HOTTEST_SHARE * total:
+        stack = stacks.get(number, NamedStack())
+        name = stack.function if stack.left == "preempted" or of_kernel else ""
+        functions[name] = functions.get(name, 0) + weight
+    total = sum(functions.values())
+    function = max(functions, key=lambda name: (functions[name], name), default="")
+    if not function or functions[function] < _HOTTEST_SHARE * total:
         return None
-    return {"function": function, "share": leaves[function] / total}
+    return {"function": function, "share": functions[function] / total}

@@ -12,22 +12,42 @@ import pyarrow.compute as pc
 from latrace.analysis.capture import Capture
 
 _UNKNOWN = "[unknown]"
-# What every thread that leaves the CPU is in: it says nothing of what it did.
+# Frames that say nothing of what a thread did: those of leaving the CPU, and of kernel threads.
 _SWITCHING = frozenset(
     {
         "__schedule",
         "schedule",
         "schedule_idle",
         "schedule_timeout",
-        "preempt_schedule_common",
-        "preempt_schedule_irq",
-        "__cond_resched",
         "io_schedule",
         "worker_thread",
         "kthread",
         "ret_from_fork",
         "ret_from_fork_asm",
     }
+)
+# Of these, those that another thread's turn makes it leave through, in the middle of its work.
+_PREEMPTED = frozenset(
+    {
+        "__cond_resched",
+        "preempt_schedule",
+        "preempt_schedule_common",
+        "preempt_schedule_irq",
+        "preempt_schedule_thunk",
+    }
+)
+# The way between the kernel and user space, on x86-64 and arm64.
+_BORDER = (
+    "asm_",
+    "do_notify_resume",
+    "do_syscall_64",
+    "el0",
+    "entry_SYSCALL",
+    "exit_to_user_mode",
+    "irqentry_exit",
+    "raw_irqentry_exit",
+    "ret_to_user",
+    "syscall_exit_to_user_mode",
 )
 
 
@@ -38,9 +58,26 @@ class NamedStack:
     kernel: tuple[str, ...] = ()
     user: tuple[str, ...] = ()
     whole: bool = False
-    leaf: str = ""
-    """Its innermost function in user space, or else in the kernel where that tells anything;
-    only the file where the function has no name."""
+    left: str = ""
+    """How a thread with this stack left the CPU: `preempted` in the middle of its work, `blocked`
+    because it had nothing to do, or "" where the stack does not tell."""
+
+    @property
+    def work(self) -> tuple[str, ...]:
+        """The frames that tell what it did, leaf first: without the way to the scheduler."""
+        kernel = tuple(telling(self.kernel))
+        in_user = all(name.startswith(_BORDER) for name in kernel)
+        if self.user and (in_user or self.left == "blocked"):
+            return self.user
+        while kernel and kernel[0].startswith(_BORDER):
+            kernel = kernel[1:]
+        return kernel + self.user
+
+    @property
+    def function(self) -> str:
+        """The innermost function of its work; the file alone where that has no name; else ""."""
+        name = self.work[0] if self.work else ""
+        return "" if name == _UNKNOWN else name.split("+0x", 1)[0]
 
 
 def name_stacks(capture: Capture, numbers: Iterable[int]) -> dict[int, NamedStack]:
@@ -63,21 +100,24 @@ def name_stacks(capture: Capture, numbers: Iterable[int]) -> dict[int, NamedStac
             kernel=tuple(map(_frame_name, kernel)),
             user=tuple(map(_frame_name, user)),
             whole=stack["whole"] is True,
-            leaf=_leaf(kernel, user),
+            left=_left([_frame_name(line) for line in kernel], in_user=bool(user)),
         )
     return found
 
 
 def telling(kernel: Sequence[str]) -> list[str]:
-    """Leave out of a kernel stack, leaf first, what every thread that leaves the CPU is in."""
-    return [name for name in kernel if name not in _SWITCHING]
+    """Leave out of kernel frames those that say nothing of what the thread did."""
+    return [name for name in kernel if name not in _SWITCHING and name not in _PREEMPTED]
 
 
-def _leaf(kernel: list[Mapping[str, Any]], user: list[Mapping[str, Any]]) -> str:
-    if user:
-        name = str(user[0].get("symbol") or "") or _module(user[0])
-        return "" if name == _UNKNOWN else name
-    return next(filter(None, telling([str(line.get("symbol") or "") for line in kernel])), "")
+def _left(kernel: Sequence[str], *, in_user: bool) -> str:
+    """Tell from its kernel frames, leaf first, how a thread left the CPU."""
+    if not kernel:
+        return ""
+    if any(name in _PREEMPTED for name in kernel):
+        return "preempted"
+    returning = all(name.startswith(_BORDER) for name in telling(kernel))
+    return "preempted" if in_user and returning else "blocked"
 
 
 def _frame_name(frame: Mapping[str, Any]) -> str:

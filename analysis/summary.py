@@ -85,7 +85,11 @@ def summarise(
             "tail": tail(evidence, counts, over_ns, threads),
             **culprits(evidence),
         },
-        "throttling": throttling(rows, _list(capture.manifest, "cgroups_limited")),
+        "throttling": throttling(
+            rows,
+            _list(capture.manifest, "cgroups_limited"),
+            {cgroup for cgroup in pc.unique(capture.threads["cgroup"]).to_pylist() if cgroup},
+        ),
         "processes": [
             {
                 "tgid": tgid,

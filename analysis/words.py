@@ -90,7 +90,7 @@ def percent(part: float, whole: float) -> str:
         return ">99 %"
     if 0 < value < 0.1:
         return "<0.1 %"
-    return f"{value:.1f} %" if 0 < value < 1 else f"{value:.0f} %"
+    return f"{value:.1f} %" if 0 < value < 0.95 else f"{value:.0f} %"
 
 
 def plural(count: int, one: str, many: str = "") -> str:

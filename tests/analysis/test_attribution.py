@@ -273,11 +273,19 @@ def test_quotas_have_their_group_and_its_own_count(summary: dict[str, Any]) -> N
 
 
 def test_limits_that_make_no_sense_are_left_out(tmp_path: Path) -> None:
-    nonsense = [None, 7, {"cgroup": 3}, {"cgroup": "/b", "quota_us": "x", "period_us": True}]
+    group = "/system.slice/redis.service"
+    nonsense = [None, 7, {"cgroup": 3}, {"cgroup": group, "quota_us": "x", "period_us": True}]
     manifest = {**MANIFEST, "cgroups_limited": nonsense}
     groups = summary_of(tmp_path / "c", story(), manifest=manifest)["throttling"]
-    assert [group["cgroup"] for group in groups] == ["/app", "/b"]
-    assert groups[1] == {"cgroup": "/b", "waits": 0, "wait_ns": 0, "tail_ns": 0}
+    assert [one["cgroup"] for one in groups] == ["/app", group]
+    assert groups[1] == {"cgroup": group, "waits": 0, "wait_ns": 0, "tail_ns": 0}
+
+
+def test_quotas_of_others_are_left_out(tmp_path: Path) -> None:
+    names = ["/", "/system.slice", "/system.slice/redis", "/batch", "/app"]
+    manifest = {**MANIFEST, "cgroups_limited": [{"cgroup": name} for name in names]}
+    groups = summary_of(tmp_path / "c", story(), manifest=manifest)["throttling"]
+    assert [one["cgroup"] for one in groups] == ["/app", "/", "/system.slice"]
 
 
 def test_steal_and_the_sleeps_that_made_no_row(summary: dict[str, Any]) -> None:

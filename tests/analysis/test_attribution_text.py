@@ -55,6 +55,8 @@ def culprit(cause: str, ns: int, **more: Any) -> dict[str, Any]:
         "cgroup": "",
         "stack": [],
         "kernel_frames": 0,
+        "work": [],
+        "left": "",
         "mostly": None,
         "threads": 1,
         **more,
