@@ -24,6 +24,7 @@ static u64 (*task_pt_regs)(u64 task) = (void *)175;
 static long (*seq_write)(u64 seq, const void *data, u32 len) = (void *)127;
 static long (*get_task_stack)(u64 task, void *buf, u32 size, u64 flags) = (void *)141;
 static long (*read_kernel)(void *dst, u32 size, u64 addr) = (void *)113;
+static long (*read_user)(void *dst, u32 size, u64 addr) = (void *)112;
 static long (*get_stack_of)(void *ctx, void *buf, u32 size, u64 flags) = (void *)67;
 
 /* Not a helper: a call of lat_slices, a function of its own that is put behind lat_switch when both
@@ -33,6 +34,10 @@ static int (*then_slices)(void *ctx) = (void *)0x7fffffff;
 #define TASK_DEAD 0x80		/* include/linux/sched.h */
 #define PF_KTHREAD 0x00200000
 #define THREAD_SIZE 16384	/* the least that x86-64 has */
+#define CLOCK_REALTIME 0
+#define CLOCK_MONOTONIC 1
+#define ENOSYS 38		/* what a system call's result is while it lasts */
+#define SYS_RESTART 219
 
 #define CLOCKS 6
 struct clocks { u64 ns[CLOCKS]; };	/* by enum clock */
@@ -58,6 +63,7 @@ struct thread_state {
 	u64 throttled_clock, throttled_by;
 	u64 done_wait_ns, waker_wait_ns;	/* the last wait of its own, and its waker's */
 	u32 waker2_tid;
+	struct sleep_state sleep;
 };
 
 #define TARGET_PROCESS 1
@@ -81,6 +87,7 @@ struct scratch { u64 frames[STACK_FRAMES]; };
 BYTES_OF(control);
 BYTES_OF(cpu_state);
 BYTES_OF(hist);
+BYTES_OF(overshoot);
 BYTES_OF(scratch);
 BYTES_OF(thread_state);
 
@@ -92,6 +99,8 @@ BPF_F_TABLE("array", u32, struct targets, lat_targets, TARGET_PARTS, MMAPABLE);
 BPF_F_TABLE("array", u32, struct control_bytes, lat_control, 1, MMAPABLE);
 BPF_F_TABLE("array", u32, struct cpu_state_bytes, lat_cpus, NCPU, MMAPABLE);
 BPF_F_TABLE("array", u32, struct hist_bytes, lat_hist, SIZED_LATER, MMAPABLE);
+BPF_F_TABLE("array", u32, struct overshoot_bytes, lat_overshoot, SLEEP_CALLS, MMAPABLE);
+BPF_TABLE("array", u32, u64, lat_timerfd, 1);	/* where the kernel has timerfd_tmrproc() */
 BPF_TABLE("array", u32, struct scratch_bytes, lat_scratch, SCRATCH_PLACES * NCPU);
 BPF_TABLE("hash", u32, u32, lat_slots, SIZED_LATER);
 BPF_QUEUE(lat_free, u32, SIZED_LATER);

@@ -57,6 +57,8 @@ struct slice_record {
 
 /* A call in which the thread asked to sleep, taken apart: entry + timer + run queue + return is
  * the overshoot. */
+enum sleep_flags { SLEEP_EARLY = 1, SLEEP_HAS_RET = 2 };	/* no overshoot; `ret` is known */
+
 struct sleep_record {
 	u8 type, clock, deadline_from, flags;
 	s16 syscall;
@@ -115,6 +117,13 @@ struct hist {
 	u64 slots[HIST_SLOTS];
 };
 
+/* One per sleep call: the overshoot of all targets, exact whatever the ring loses. */
+struct overshoot {
+	u64 count, early;		/* early: woken before the deadline, and not counted */
+	u64 overshoot_ns, entry_ns, timer_ns, run_queue_ns, return_ns;
+	u64 slots[HIST_SLOTS];
+};
+
 /* One per CPU. The first half is the probes' own, the second counts. */
 struct cpu_state {
 	u64 due_key;			/* stack to take once the switch is over */
@@ -128,6 +137,7 @@ struct cpu_state {
 	/* the kernel's books, task->sched_info */
 	u64 timed_waits, timed_ns, kernel_ns, kernel_count, blind_waits, blind_ns, unbooked;
 	u64 unseen_ns;			/* waits whose events were not fired */
+	u64 lost_sleeps, never_blocked, zero_timeout;
 	u64 pad[2];			/* no two CPUs share a cache line */
 };
 

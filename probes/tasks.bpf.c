@@ -55,6 +55,7 @@ int lat_iter_end(u64 *ctx)
 		look_at_books(c, s, task, 1);
 	else if (s->last_wait_ns)
 		c->kernel_count++;	/* which entry is whose cannot be told any more */
+	sleep_end(s, task, c);
 	fill_thread(&r, task, s, THREAD_END);
 	if (s->wait.place == PLACE_WAITING)
 		r.open_ns = r.ts_ns - s->wait.start_ns;

@@ -73,6 +73,7 @@ int lat_waking(u64 *ctx)
 	if (!s || !c)
 		return 0;
 	now = bpf_ktime_get_ns();
+	sleep_waking(s, now);
 	began = wait_waking(&s->wait, now);
 	if (!began)
 		return 0;
@@ -81,6 +82,8 @@ int lat_waking(u64 *ctx)
 	no_waker(s);
 	if (s->waker_ctx == CTX_TASK)
 		set_waker(s, waker);
+	if (s->waker_ctx == CTX_HARDIRQ)
+		sleep_timerfd(s, task, waker, now);
 	s->waker_key = s->blocked_weight_ns = 0;
 	if (began == 2)
 		return 0;
@@ -182,6 +185,7 @@ static inline void leave(u64 task, u64 now, int runnable, int dead)
 		return;
 	look_at_books(c, s, task, s->wait.place == PLACE_ON_CPU || s->wait.place == PLACE_UNKNOWN);
 	cause_unqueued(s);	/* where it was not seen to get the CPU */
+	sleep_leave(s, task, c, runnable);
 	if (dead) {
 		s->wait.place = PLACE_ON_CPU;
 		send_thread(task, s, THREAD_EXIT, 0);
@@ -234,8 +238,6 @@ static inline void send_wait(struct thread_state *s, u64 task, u64 now, u64 wait
 			take_token(o);
 			want_stack(c, key, task);
 		}
-	} else if (wait < o->min_ns) {
-		return;
 	}
 	if (wait >= LOOKED_ELSEWHERE_NS)
 		elsewhere = idle_elsewhere(task, wait);
@@ -332,6 +334,7 @@ static inline void enter(u64 task, u64 now)
 	causes_of_wait(s, task, now, wait, causes);
 	count_wait(s, wait, causes);
 	s->done_wait_ns = wait;
+	sleep_enter(s, now, wait);
 	send_wait(s, task, now, wait, wakeup, place, causes);
 	cause_unqueued(s);
 }

@@ -118,6 +118,11 @@ class Btf:
             bits += found[1]
         return bits // 8
 
+    def size(self, struct_name: str) -> int | None:
+        """Size of a struct in bytes, None when absent."""
+        type_id = self._find(_STRUCT, struct_name)
+        return None if type_id is None else self._target(type_id)
+
     def tracepoint(self, name: str) -> int | None:
         """Type id of the typedef that a BTF-typed tracepoint program attaches to."""
         return self._find(_TYPEDEF, f"btf_trace_{name}")

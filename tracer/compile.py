@@ -26,10 +26,12 @@ SOURCES = (
     "latrace.h",
     "wait.h",
     "sample.h",
+    "sleep.h",
     "kernel.h",
     "books.h",
     "stack.h",
     "causes.h",
+    "sleep.bpf.c",
     "wait.bpf.c",
     "slices.bpf.c",
     "irq.bpf.c",
@@ -88,6 +90,27 @@ _OPTIONAL_OFFSETS = {
     "OFF_REGS_FP": ("pt_regs", "bp"),
 }
 
+# What sleep calls are told by: all of them, or sleep calls are not taken apart.
+_SLEEP_OFFSETS = {
+    "OFF_TASK_TI_FLAGS": ("task_struct", "thread_info.flags"),
+    "OFF_TIMER_EXPIRES": ("hrtimer", "node.expires"),
+    "OFF_TIMER_SOFT": ("hrtimer", "_softexpires"),
+    "OFF_TIMER_FUNCTION": ("hrtimer", "function"),
+    "OFF_TIMER_BASE": ("hrtimer", "base"),
+    "OFF_SLEEPER_TASK": ("hrtimer_sleeper", "task"),
+    "OFF_BASE_OFFSET": ("hrtimer_clock_base", "offset"),
+    "OFF_BASE_CLOCK": ("hrtimer_clock_base", "clockid"),
+    "OFF_TIMERFD_INTERVAL": ("timerfd_ctx", "tintv"),
+    "OFF_REGS_SYSCALL": ("pt_regs", "orig_ax"),
+    "OFF_REGS_IP": ("pt_regs", "ip"),
+    "OFF_REGS_RET": ("pt_regs", "ax"),
+    "OFF_REGS_ARG0": ("pt_regs", "di"),
+    "OFF_REGS_ARG1": ("pt_regs", "si"),
+    "OFF_REGS_ARG2": ("pt_regs", "dx"),
+    "OFF_REGS_ARG3": ("pt_regs", "r10"),
+    "OFF_REGS_ARG4": ("pt_regs", "r8"),
+}
+
 _TRACEPOINTS = {
     "lat_waking": "sched_waking",
     "lat_wakeup": "sched_wakeup",
@@ -120,6 +143,8 @@ MAPS = (
     "lat_own",
     "lat_stays",
     "lat_hist",
+    "lat_overshoot",
+    "lat_timerfd",
     "lat_scratch",
     "lat_slots",
     "lat_free",
@@ -151,7 +176,27 @@ def kernel_constants(btf: Btf) -> dict[str, int]:
     count, queue = btf.per_cpu_offset("__preempt_count"), btf.per_cpu_offset("runqueues")
     if count is not None and queue is not None:
         constants["PREEMPT_COUNT_FROM_RQ"] = count - queue
-    return constants
+    return constants | _sleep_constants(btf)
+
+
+def _sleep_constants(btf: Btf) -> dict[str, int]:
+    """What the probes need to take sleep calls apart; empty where this kernel lacks a part."""
+    found = {name: btf.offset(*field) for name, field in _SLEEP_OFFSETS.items()}
+    bases, queue = btf.per_cpu_offset("hrtimer_bases"), btf.per_cpu_offset("runqueues")
+    array = btf.offset("hrtimer_cpu_base", "clock_base")
+    running = btf.offset("hrtimer_clock_base", "running")
+    size = btf.size("hrtimer_clock_base")
+    if bases is None or queue is None or array is None or running is None or size is None:
+        return {}
+    constants = {name: offset for name, offset in found.items() if offset is not None}
+    if len(constants) < len(found):
+        return {}
+    return constants | {
+        "TIMER_BASES_FROM_RQ": bases - queue,
+        "OFF_BASE_RUNNING": array + running,
+        "TIMER_BASE_SIZE": size,
+        "SLEEP_CALLS_SEEN": 1,
+    }
 
 
 def pid_max() -> int:
@@ -217,6 +262,10 @@ def compile_probes(btf: Btf, switches: dict[str, int]) -> Compiled:
     if user_stacks:
         wanted["lat_sched_exit"] = "sched_exit_tp"
     wanted |= _interrupt_programs(btf)
+    if "SLEEP_CALLS_SEEN" in constants:
+        wanted["lat_timer_start"] = "hrtimer_start"
+        if btf.tracepoint("rseq_update") is not None:  # needs CONFIG_RSEQ
+            wanted["lat_back"] = "rseq_update"
     attach = {name: btf.tracepoint(tracepoint) for name, tracepoint in wanted.items()}
     attach |= dict.fromkeys(ITERATORS, btf.function("bpf_iter_task")) | {ON_CPU: None}
 

@@ -15,6 +15,7 @@ from .records import (
     CAUSES,
     CELL_BYTES,
     SAMPLE,
+    SLEEP,
     SLICE,
     THREAD,
     WAIT,
@@ -23,6 +24,7 @@ from .records import (
     ThreadEvent,
 )
 from .rows import sample_columns, slice_columns, wait_columns
+from .sleeps import overshoot_buckets, sleep_columns
 from .stacks import NamedStacks, Naming, StackCells
 from .unwind import user_frames
 from .writer import CaptureWriter
@@ -39,6 +41,7 @@ _OPEN = {Place.WAITING: "waiting", Place.UNKNOWN: "waiting", Place.BLOCKED: "blo
 _ROWS: dict[Record, tuple[np.dtype[np.void], str, str, Callable[..., Any], tuple[str, ...]]] = {
     Record.WAIT: (WAIT, "waits", "run_ns", wait_columns, ("stack_key", "waker_key")),
     Record.SLICE: (SLICE, "slices", "victim_run_ns", slice_columns, ("stack_key",)),
+    Record.SLEEP: (SLEEP, "sleeps", "exit_ns", sleep_columns, ("stack_key",)),
     Record.SAMPLE: (SAMPLE, "samples", "ts_ns", sample_columns, ("stack_key",)),
 }
 
@@ -200,10 +203,16 @@ class Recorder:
                 },
             )
 
-    def write_counters(self, hist: npt.NDArray[np.void], slots: Mapping[int, int]) -> None:
+    def write_counters(
+        self,
+        hist: npt.NDArray[np.void],
+        slots: Mapping[int, int],
+        overshoots: npt.NDArray[np.void],
+    ) -> None:
         """Write the exact counters as they are now, so that a killed trace has them too.
 
-        `hist`: shape (histograms, cpus) of dtype HIST; `slots`: whose each histogram is.
+        `hist`: shape (histograms, cpus) of dtype HIST; `slots`: whose each histogram is;
+        `overshoots`: shape (sleep calls,) of dtype OVERSHOOT.
         """
         buckets, totals = [], []
         for slot, tgid in slots.items():
@@ -234,11 +243,13 @@ class Recorder:
             )
         if not totals:
             return
+        metrics, lo, hi, count = overshoot_buckets(overshoots)
+        buckets.append((np.full(len(metrics), -1, np.int32), lo, hi, count))
         tgids, lo, hi, count = (np.concatenate(column) for column in zip(*buckets, strict=True))
         self._writer.append(
             "hist",
             {
-                "metric": ["wait"] * len(tgids),
+                "metric": ["wait"] * (len(tgids) - len(metrics)) + metrics,
                 "tgid": tgids,
                 "lo_ns": lo,
                 "hi_ns": hi,

@@ -206,6 +206,18 @@ HIST = np.dtype(
         ("slots", "<u8", HIST_SLOTS),
     ]
 )
+OVERSHOOT = np.dtype(
+    [
+        ("count", "<u8"),
+        ("early", "<u8"),
+        ("overshoot_ns", "<u8"),
+        ("entry_ns", "<u8"),
+        ("timer_ns", "<u8"),
+        ("run_queue_ns", "<u8"),
+        ("return_ns", "<u8"),
+        ("slots", "<u8", HIST_SLOTS),
+    ]
+)
 CPU_STATE = np.dtype(
     [
         ("due_key", "<u8"),
@@ -236,6 +248,9 @@ CPU_STATE = np.dtype(
         ("blind_ns", "<u8"),
         ("unbooked", "<u8"),
         ("unseen_ns", "<u8"),
+        ("lost_sleeps", "<u8"),
+        ("never_blocked", "<u8"),
+        ("zero_timeout", "<u8"),
         ("pad", "<u8", 2),
     ]
 )
@@ -264,6 +279,7 @@ STRUCTS = {
     "sleep_record": SLEEP,
     "sample_record": SAMPLE,
     "hist": HIST,
+    "overshoot": OVERSHOOT,
     "cpu_state": CPU_STATE,
     "control": CONTROL,
 }

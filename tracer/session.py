@@ -38,6 +38,7 @@ from .ring import Ring
 from .rows import split
 from .sampling import Sampler
 from .shared import TARGET_PROCESS, TARGET_THREAD, Shared
+from .sleeps import sleep_totals, tell_timerfd
 
 if TYPE_CHECKING:
     from .outputs import OutputDir
@@ -123,6 +124,7 @@ class Tracer:
         undo.callback(self._cost.close)
         self._sampler = Sampler(self._probes, self._shared, options)
         undo.callback(self._sampler.close)
+        tell_timerfd(self._probes)
         self._probes.attach()
         self._sampler.start()
         self._limits, self._steal_ns = limits(), steal_ns()
@@ -300,9 +302,14 @@ class Tracer:
     # ---------------------------------------------------- counters and quality
 
     def _write_snapshot(self) -> None:
-        self._recorder.write_counters(self._shared.hist, self._slots())
+        self._recorder.write_counters(self._shared.hist, self._slots(), self._shared.overshoots)
         self._recorder.update_manifest(
-            {"end_ns": time.monotonic_ns(), "targets": self._targets(), "quality": self._quality()}
+            {
+                "end_ns": time.monotonic_ns(),
+                "targets": self._targets(),
+                "quality": self._quality(),
+                "sleeps": sleep_totals(self._shared.overshoots, self._shared.counters()),
+            }
         )
 
     def _slots(self) -> dict[int, int]:
@@ -323,6 +330,7 @@ class Tracer:
             "lost_events": lost,
             "lost_threads": counters["lost_threads"],
             "lost_slices": counters["lost_slices"],
+            "lost_sleeps": counters["lost_sleeps"],
             "lost_stacks": counters["lost_stacks"]
             + counters["missed_stacks"]
             + self._recorder.lost_stacks,

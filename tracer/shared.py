@@ -9,7 +9,8 @@ import numpy.typing as npt
 
 from .compile import pid_max, possible_cpus
 from .loader import Probes
-from .records import CONTROL, CPU_STATE, HIST
+from .records import CONTROL, CPU_STATE, HIST, OVERSHOOT
+from .sleeps import CALLS
 
 TARGET_PROCESS, TARGET_THREAD = 1, 2
 
@@ -38,6 +39,8 @@ class Shared:
         self.cpus = view("lat_cpus", CPU_STATE, cpus)
         self.hist = view("lat_hist", HIST, histograms, cpus)
         """Shape (histograms, cpus): see `slots` of the loader for whose a histogram is."""
+        self.overshoots = view("lat_overshoot", OVERSHOOT, len(CALLS))
+        """By sleep call."""
 
     def counters(self) -> dict[str, int]:
         """The per-CPU counters, summed."""

@@ -37,7 +37,8 @@ def check_invariants(traced: Traced) -> None:
     """What holds for every capture."""
     capture, quality = traced.capture, traced.quality
     assert capture.complete
-    counted = int(column(capture, "hist", "count").sum())
+    of_waits = column(capture, "hist", "metric") == "wait"
+    counted = int(column(capture, "hist", "count")[of_waits].sum())
     totals = capture.totals.to_pylist()
     assert counted == quality["waits"] == sum(row["waits"] for row in totals)
     kinds = ("waits_wakeup", "waits_new", "waits_preempted")
