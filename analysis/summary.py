@@ -30,6 +30,7 @@ _KINDS = ("wakeup", "new", "preempted")
 _QUALITY_COUNTS = ("lost_events", "lost_stacks", "open_at_start", "open_at_end")
 _EVERYTHING = Selection()
 _TAIL = 0.99
+_STACKS = 1000  # looked at before those with the same functions are put together
 
 
 def summarise(
@@ -68,7 +69,7 @@ def summarise(
         parts = rows.parts
     threads = _threads(capture, rows, selection)
     names = _process_names(capture, threads)
-    stacks = _named_stacks(capture, rows, slices, top)
+    stacks = _named_stacks(capture, rows, slices)
     evidence = Evidence(rows=rows, slices=slices, calls=calls, names=names, stacks=stacks, top=top)
     return {
         "schema": SCHEMA_VERSION,
@@ -284,36 +285,45 @@ def _syscalls(rows: Rows) -> list[dict[str, Any]]:
 def _stacks(
     rows: Rows, stacks: Mapping[int, NamedStack], *, top: int
 ) -> dict[str, list[dict[str, Any]]]:
-    """List the stacks that stand for most waiting, and for most blocked time."""
+    """List the stacks that stand for most waiting, and for most blocked time.
 
-    def line(number: int, weight: int) -> dict[str, Any]:
-        stack = stacks[number]
-        return {
-            "weight_ns": weight,
-            "whole": stack.whole,
-            "user": list(stack.user),
-            "kernel": list(stack.kernel),
-        }
+    Stacks that differ only in where within their functions they were are one.
+    """
 
-    return {
-        "wait": [line(*heavy) for heavy in _heaviest(rows, lambda entry: entry.wait_ns, top)],
-        "blocked": [line(*heavy) for heavy in _heaviest(rows, lambda entry: entry.blocked_ns, top)],
-    }
+    def lines(heaviest: list[tuple[int, int]]) -> list[dict[str, Any]]:
+        merged: dict[NamedStack, int] = {}
+        for number, weight in heaviest:
+            merged[stacks[number]] = merged.get(stacks[number], 0) + weight
+        return [
+            {
+                "weight_ns": weight,
+                "whole": stack.whole,
+                "user": list(stack.user),
+                "kernel": list(stack.kernel),
+            }
+            for stack, weight in sorted(merged.items(), key=lambda item: -item[1])[:top]
+        ]
 
-
-def _heaviest(rows: Rows, weight: Any, top: int) -> list[tuple[int, int]]:
-    weighed = [
-        (number, int(weight(entry)))
-        for number, entry in rows.stacks.items()
-        if number >= 0 and weight(entry)
-    ]
-    return sorted(weighed, key=lambda item: (-item[1], item[0]))[:top]
+    return {"wait": lines(_waited(rows)), "blocked": lines(_blocked(rows))}
 
 
-def _named_stacks(capture: Capture, rows: Rows, slices: Slices, top: int) -> dict[int, NamedStack]:
+def _waited(rows: Rows) -> list[tuple[int, int]]:
+    return _heaviest({number: entry.wait_ns for number, entry in rows.stacks.items()})
+
+
+def _blocked(rows: Rows) -> list[tuple[int, int]]:
+    return _heaviest({number: entry.blocked_ns for number, entry in rows.stacks.items()})
+
+
+def _heaviest(weights: Mapping[int, int]) -> list[tuple[int, int]]:
+    """Sort stacks by weight, those that stand for nothing left out."""
+    weighed = [(number, weight) for number, weight in weights.items() if number >= 0 and weight]
+    return sorted(weighed, key=lambda item: (-item[1], item[0]))[:_STACKS]
+
+
+def _named_stacks(capture: Capture, rows: Rows, slices: Slices) -> dict[int, NamedStack]:
     """Look up, at once, every stack that is told of."""
-    numbers = {number for number, _ in _heaviest(rows, lambda entry: entry.wait_ns, top)}
-    numbers |= {number for number, _ in _heaviest(rows, lambda entry: entry.blocked_ns, top)}
+    numbers = {number for number, _ in [*_waited(rows), *_blocked(rows)]}
     for some in (slices.all, slices.tail, *slices.calls.values()):
         numbers.update(stack_numbers(some.values()))
     return name_stacks(capture, numbers)

@@ -216,7 +216,7 @@ def _tail(waits: Mapping[str, Any]) -> str:
     least = "" if tail["rows"] >= tail["count"] else "at least "
     return (
         f"{text} ({percent(tail['count'], waits['count'])}): {least}"
-        f"{duration(tail['total_ns'])}, {share(tail['total_ns'], waits['total_ns'])} of all waiting"
+        f"{duration(tail['total_ns'])}, {share(tail['total_ns'], waits['total_ns'])} of the time"
     )
 
 
@@ -330,11 +330,14 @@ def _stacks(page: Page, summary: Summary) -> None:
         total = (summary["waits"] if whole == "waits" else summary["waits"]["blocked"])["total_ns"]
         page.line()
         page.line(title, style=BOLD)
-        for stack in stacks[:_LISTED_STACKS]:
-            weight = duration(stack["weight_ns"]).rjust(NUMBER)
-            part = share(stack["weight_ns"], total).rjust(9)
-            names = stack["user"] or stack["kernel"]
-            page.line(f"{weight}{part}  {frames(names, page.width - NUMBER - 11)}")
+        room = page.width - NUMBER - 11
+        shown: dict[str, int] = {}  # those whose inner functions are the same are one here
+        for stack in stacks:
+            inner = frames(stack["user"] or stack["kernel"], room)
+            shown[inner] = shown.get(inner, 0) + stack["weight_ns"]
+        heaviest = sorted(shown.items(), key=lambda item: -item[1])
+        for inner, ns in heaviest[:_LISTED_STACKS]:
+            page.line(f"{duration(ns).rjust(NUMBER)}{share(ns, total).rjust(9)}  {inner}")
 
 
 # --- whether to believe it ---------------------------------------------------------------------
