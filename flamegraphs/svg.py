@@ -50,13 +50,15 @@ _LEGEND: Final[dict[FrameKind, str]] = {
 }
 
 
-def to_svg(profile: Profile, *, inverted: bool = False) -> str:
+def to_svg(
+    profile: Profile, *, inverted: bool = False, max_frames: int = MAX_FRAMES
+) -> str:
     """Return the profile as an SVG document, root at the bottom (at the top if `inverted`).
 
     A frame is as wide as its share of the time. Frames below 0.1 px, and the narrowest beyond
-    12,000, are not drawn: their number and time are said at the foot.
+    `max_frames`, are not drawn: their number and time are said at the foot.
     """
-    layout = lay_out(profile, min_share=MIN_PIXELS / (WIDTH - 2 * PAD), max_boxes=MAX_FRAMES)
+    layout = lay_out(profile, min_share=MIN_PIXELS / (WIDTH - 2 * PAD), max_boxes=max_frames)
     head, top = _head(profile)
     bottom = top + layout.rows * ROW
     foot = _foot(layout, bottom + 10)
