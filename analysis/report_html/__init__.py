@@ -21,6 +21,7 @@ from latrace.flamegraphs import KINDS, build_profile, to_svg
 __all__ = ["render_html"]
 
 _EVERYTHING: Final = Selection()
+_FRAMES: Final = 3000  # of each flame graph: less than 1 MB
 _FLAMES: Final = {
     "wait": ("Waiting to run", "where threads left the CPU before they waited"),
     "culprit": ("Culprits", "what had the CPU meanwhile"),
@@ -46,7 +47,11 @@ def render_html(
 def _pictures(capture: Capture, summary: Mapping[str, Any], selection: Selection) -> Pictures:
     told = summary["capture"]
     begin, end = selection.window_ns(int(told["duration_s"] * 1e9))
-    window = series.Window(capture_ns=told["start_ns"], begin_ns=begin, end_ns=end)
+    start = int(told["start_ns"])
+    timed = begin < end and 0 < start < 2**63  # else when anything was is not known
+    if not timed:
+        start = begin = end = 0
+    window = series.Window(capture_ns=start, begin_ns=begin, end_ns=end)
     waits = series.read_waits(capture, window, selection)
     counts = waits.hist
     if selection.everything and not summary["quality"]["totals_from_rows"]:
@@ -56,8 +61,10 @@ def _pictures(capture: Capture, summary: Mapping[str, Any], selection: Selection
     marks = charts.marks_of(summary["waits"])
     lines = [(label, ns) for label, _, ns in marks if label in ("P50", "P99")]
     return Pictures(
-        heat=charts.heat_map(waits, window, lines) if waits.rows else "",
-        causes=charts.causes_over_time(waits, window) if waits.rows and waits.has_causes else "",
+        heat=charts.heat_map(waits, window, lines) if waits.rows and timed else "",
+        causes=charts.causes_over_time(waits, window)
+        if waits.rows and waits.has_causes and timed
+        else "",
         tail=charts.tail_curve(counts, marks) if counts.any() else "",
         sleeps=charts.sleep_calls(sleeps, [line["call"] for line in summary["sleeps"]])
         if sleeps.grids
@@ -85,5 +92,5 @@ def _flames(capture: Capture) -> list[Flame]:
         sampled = [stack for stack, _ in profile.stacks if len(stack) > 1]
         if sampled:
             title, about = _FLAMES.get(kind, (kind, ""))
-            drawn.append(Flame(title=title, about=about, svg=to_svg(profile)))
+            drawn.append(Flame(title=title, about=about, svg=to_svg(profile, max_frames=_FRAMES)))
     return drawn

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from html import escape
 from typing import Any, Final
 
+from latrace.analysis import attribution_text
 from latrace.analysis.causes import CAUSES
+from latrace.analysis.frames import telling
 from latrace.analysis.report_html import elements, wording
-from latrace.analysis.report_html.wording import NBSP, name, percent, safe, time
+from latrace.analysis.report_html.wording import NBSP, name, percent, prose, safe, time
 from latrace.analysis.text import render_text
-from latrace.analysis.words import plural
+from latrace.analysis.words import percent as whole_percent
+from latrace.analysis.words import plural, shares
 
 Summary = Mapping[str, Any]
 
 _WIDE_TEXT: Final = 4000  # columns: a warning is one line then
 _LISTED: Final = 10
-_NEARLY: Final = 0.97  # of a cause: who did that much of it did it
 
 
 def head(summary: Summary) -> str:
@@ -42,10 +43,13 @@ def head(summary: Summary) -> str:
             ("in all", "total_ns"),
         )
     )
-    alarms = "".join(f"<p>{escape(text)}</p>" for text in _warnings(summary))
+    because = (
+        f"<p class=lead>{prose(attribution_text.answer(summary))}</p>" if _known(summary) else ""
+    )
+    alarms = "".join(f"<p>{prose(text)}</p>" for text in _warnings(summary))
     return (
         f"<header><p class=kicker>latrace · waits for a CPU{_when(capture)}</p>"
-        f"<h1>{_targets(summary)}</h1><p class=lead>{lead}</p>{_part(summary)}"
+        f"<h1>{_targets(summary)}</h1><p class=lead>{lead}</p>{because}{_part(summary)}"
         + (f"<div class=alarms>{alarms}</div>" if alarms else "")
         + (f"<dl class=tiles>{tiles}</dl>" if waits["count"] else "")
         + "</header>"
@@ -97,54 +101,32 @@ def _warnings(summary: Summary) -> list[str]:
     return [line.removeprefix("!!! ") for line in lines if line.startswith("!!! ")]
 
 
+def _known(summary: Summary) -> bool:
+    """Tell whether the capture says anything of causes."""
+    causes = summary["waits"]["by_cause_ns"]
+    return any(ns for cause, ns in causes.items() if cause != "unknown")
+
+
 def why(summary: Summary) -> str:
     """Write where the time of the slow waits went: by cause, by quota, by culprit."""
     waits = summary["waits"]
     tail, whole = waits["tail"], waits["by_cause_ns"]
     if not waits["count"]:
         return ""
-    if not any(ns for cause, ns in whole.items() if cause != "unknown"):
+    if not _known(summary):
         return "<p>This capture does not tell what held the threads back.</p>"
     out = []
     causes = tail["by_cause_ns"]
+    slowest = f"slowest {whole_percent(tail['count'], waits['count'])}".replace(" ", NBSP)
     if tail["count"] and sum(causes.values()):
-        out.append(f"<p class=lead>{_sentence(summary)}</p>")
         out.append(elements.bar(causes, wording.CAUSES, "c"))
     else:
         out.append(f"<p class=lead>No wait was longer than {time(tail['over_ns'])}.</p>")
         causes = {}
-    out.append(_causes(causes, whole))
+    out.append(_causes(causes, whole, slowest))
     out.append(_quotas(summary))
     out.append(_culprits(summary))
     return "".join(out)
-
-
-def _sentence(summary: Summary) -> str:
-    tail = summary["waits"]["tail"]
-    causes = tail["by_cause_ns"]
-    total = sum(causes.values())
-    first = max(causes, key=lambda cause: int(causes[cause]))
-    text = (
-        f"The {plural(tail['count'], 'wait')} longer than {time(tail['over_ns'])} took "
-        f"{time(total)}. In <strong>{percent(causes[first], total)}</strong> of that time "
-        f"{wording.CAUSES[first] if first != 'unknown' else 'it was not observed why'}"
-    )
-    named = [line for line in _culprit_lines(summary) if line.get("cause") == first]
-    if first == "throttled":
-        groups = [group for group in summary.get("throttling", []) if group.get("tail_ns")]
-        return text + (f": {name(groups[0]['cgroup'])}." if groups else ".")
-    if not named or first in ("irq", "softirq"):
-        return text + "."
-    culprit = named[0]
-    if culprit["ns"] >= _NEARLY * causes[first]:
-        text += f": <strong>{wording.who(culprit)}</strong>"
-    else:
-        text += (
-            f", most of it <strong>{wording.who(culprit)}</strong>: "
-            f"{time(culprit['ns'])} ({percent(culprit['ns'], total)})"
-        )
-    mostly = culprit.get("mostly")
-    return text + (f", mostly in {name(mostly['function'])}." if mostly else ".")
 
 
 def _culprit_lines(summary: Summary) -> list[Mapping[str, Any]]:
@@ -153,24 +135,28 @@ def _culprit_lines(summary: Summary) -> list[Mapping[str, Any]]:
     return list(lines)
 
 
-def _causes(tail: Mapping[str, int], whole: Mapping[str, int]) -> str:
+def _causes(tail: Mapping[str, int], whole: Mapping[str, int], slowest: str) -> str:
     of_tail, of_all = sum(tail.values()), sum(whole.values())
     # What was not observed is always said, and last.
     order = sorted(
         (cause for cause in CAUSES if whole.get(cause) or tail.get(cause) or cause == "unknown"),
         key=lambda cause: (cause == "unknown", -tail.get(cause, 0), -whole.get(cause, 0)),
     )
+    shared = [
+        shares([parts.get(cause, 0) for cause in order], total)
+        for parts, total in ((tail, of_tail), (whole, of_all))
+    ]
     rows = [
         [
             f"{elements.swatch(f'c-{cause}')}<b>{cause}</b> "
             f"<span class=soft>{wording.CAUSES[cause]}</span>",
-            *([time(tail.get(cause, 0)), percent(tail.get(cause, 0), of_tail)] if tail else []),
+            *([time(tail.get(cause, 0)), prose(shared[0][number])] if tail else []),
             time(whole.get(cause, 0)),
-            percent(whole.get(cause, 0), of_all),
+            prose(shared[1][number]),
         ]
-        for cause in order
+        for number, cause in enumerate(order)
     ]
-    heads = ["slowest", "", "all waits", ""] if tail else ["all waits", ""]
+    heads = [slowest, "", "all waits", ""] if tail else ["all waits", ""]
     return elements.table(["What held them back", *heads], rows)
 
 
@@ -194,7 +180,8 @@ def _culprits(summary: Summary) -> str:
         about = f"<div class=soft>{' · '.join(facts)}</div>" if facts else ""
         stack = line.get("stack") or []
         # The program's own functions, if it has any: the kernel's say only that it left the CPU.
-        stack = stack[line.get("kernel_frames", 0) :] or stack
+        inner = line.get("kernel_frames", 0)
+        stack = stack[inner:] or telling(stack[:inner])
         if stack:
             about += f"<div class=stack>{wording.frames(stack)}</div>"
         length = f"width:{100 * line['ns'] / most:.1f}%;background:var(--c-{cause})"

@@ -35,7 +35,7 @@ HEAT_DARK: Final = ("#17324d", "#1e5180", "#2b7bba", "#58a9e0", "#a7d5f5", "#f2f
 
 _MOST_ROWS = 60  # of latency, in a heat map
 _CALLS = 6  # colours told apart
-_CHARACTER = 7.5  # px, of bold text
+_BESIDE = 96  # px for the name of a quantile beside the curve
 _SIZES = 5  # of points
 _ASIDE = 8  # px between the points of two calls that asked for the same
 
@@ -56,7 +56,7 @@ class Format:
 
 
 WIDE: Final = Format("wide", 940, 64, 70, 10, 1)
-NARROW: Final = Format("narrow", 400, 52, 14, 5, 2)
+NARROW: Final = Format("narrow", 360, 52, 14, 5, 2)
 
 
 def both(paint: _Paint, *, key: str, label: str, height: int) -> str:
@@ -232,8 +232,7 @@ def tail_curve(counts: histogram.Counts, marks: Sequence[tuple[str, float, int]]
     least = 0.5 / total
 
     def paint(figure: Figure, form: Format) -> None:
-        ax = axes(figure, left=form.left, right=form.right, top=14, bottom=42)
-        across = form.width - form.left - form.right
+        ax = axes(figure, left=form.left, right=_BESIDE, top=14, bottom=42)
         x = np.minimum(np.log2(at), np.log2(max(last, 1)))
         y = np.log10(np.maximum(share_above, least))
         ax.fill_between(x, y, np.log10(least), step="post", color=INK["wash"], linewidth=0)
@@ -247,19 +246,14 @@ def tail_curve(counts: histogram.Counts, marks: Sequence[tuple[str, float, int]]
         for name, part, ns in marks:
             place = np.log2(max(ns, 1)), np.log10(max(part, least))
             ax.plot(*place, "o", color=INK["accent"], markersize=7, mec=INK["surface"], mew=1.5)
-            # To the right of the curve nothing is drawn, but the picture may end there.
-            label = f"{name} {time(ns)}"
-            room = across * (right - place[0]) / (right - left) + form.right
-            beside = room > 12 + _CHARACTER * len(label)
+            # To the right of a falling curve nothing is drawn.
             ax.annotate(
-                label,
+                f"{name} {time(ns)}",
                 place,
-                xytext=(9, 2) if beside else (-9, 0),
+                xytext=(8, 2),
                 textcoords="offset points",
-                ha="left" if beside else "right",
-                va="bottom" if beside else "center",
                 fontweight="bold",
-                fontsize=FONT,
+                fontsize=FONT if form is WIDE else FONT - 1,
             )
         ax.grid(which="major", alpha=0.6)
         ax.set_axisbelow(True)

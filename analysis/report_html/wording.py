@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any, Final
@@ -44,6 +45,12 @@ def percent(part: float, whole: float) -> str:
     return share(part, whole).replace(" ", NBSP)
 
 
+def prose(text: object) -> str:
+    """Make words of the report in a terminal part of a page: units in full, never apart."""
+    spaced = re.sub(r"(?<=\d) (?=(ns|us|ms|s|min|h|%)(?!\w))", NBSP, str(text))
+    return escape(spaced.replace(f"{NBSP}us", f"{NBSP}µs"), quote=True)
+
+
 def safe(text: object) -> str:
     """Make any text part of a page: visible, of bounded length, and nothing but text."""
     return escape(fit(visible(str(text)), _LONGEST), quote=True)
@@ -62,6 +69,9 @@ def who(line: Mapping[str, Any]) -> str:
     if cause == "softirq":
         vector = line.get("vector")
         return f"soft interrupts{f' {name(vector)}' if vector else ''}"
+    if cause == "kthread":
+        comm = name(line.get("comm") or "a kernel thread")
+        return f"{comm} <span class=soft>(tid{NBSP}{safe(line.get('tid'))})</span>"
     label = name(line.get("comm") or "(name not recorded)")
     tid, tgid = line.get("tid"), line.get("tgid")
     if line.get("threads", 1) != 1 or tid == tgid:
