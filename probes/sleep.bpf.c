@@ -333,13 +333,15 @@ static inline void sleep_enter(struct thread_state *t, u64 now, u64 wait)
 static inline void sleep_leave(struct thread_state *t, u64 task, struct cpu_state *c, int runnable)
 {
 	struct sleep_state *s = &t->sleep;
+	s16 syscall;
 	u64 regs;
 
 	if (s->phase == SLEEP_NONE)
 		return;
 	regs = task_pt_regs(task);
 	if (s->phase == SLEEP_ARMED) {
-		if ((s16)LD32(regs, OFF_REGS_SYSCALL) == s->syscall &&
+		syscall = LD32(regs, OFF_REGS_SYSCALL);
+		if ((syscall == s->syscall || syscall == SYS_RESTART) &&
 		    LD64(regs, OFF_REGS_IP) == s->ip) {
 			s->left = 1;
 		} else {

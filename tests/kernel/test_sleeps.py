@@ -364,3 +364,50 @@ def test_calls_that_end_otherwise(tmp_path: Path) -> None:
     assert row["requested_ns"] == 200_000_000
     assert abs(row["deadline_ns"] - (stopped[1] + 200_000_000)) < 2_000_000
     assert row["overshoot_ns"] is not None
+
+
+LOOP = """
+import ctypes, select, sys, time, os
+libc = ctypes.CDLL(None, use_errno=True)
+fd = libc.timerfd_create(1, 0)
+epoll = select.epoll()
+epoll.register(fd, select.EPOLLIN)
+sys.stdin.read(1)
+first = time.monotonic_ns() + 5_000_000
+period = (ctypes.c_long * 4)(0, 5_000_000, first // 10**9, first % 10**9)
+libc.timerfd_settime(fd, 1, period, None)
+for _ in range(100):
+    epoll.poll()
+    os.read(fd, 8)
+print(first)
+"""
+
+
+def test_a_periodic_timerfd_in_an_event_loop(tmp_path: Path) -> None:
+    """Each turn's deadline is the timer's next expiry, 5 ms after the one before."""
+    program = subprocess.Popen(
+        [sys.executable, "-c", LOOP], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert program.stdin and program.stdout
+    with Tracer(
+        Options(pids=(program.pid,), min_ns=0),
+        lambda: create_output_dir(tmp_path / "c", force=False),
+        command=[],
+    ) as tracer:
+        program.stdin.write("x")
+        program.stdin.close()
+        tracer.run(stop=threading.Event())
+    first = int(program.stdout.read())
+    program.stdout.close()
+    program.wait()
+    capture = latrace.open(tmp_path / "c")
+    rows = [row for row in capture.sleeps.to_pylist() if row["call"] == "epoll_wait"]
+    # A turn has no row when the timer was due before it came to sleep.
+    assert 50 < len(rows) <= 100
+    for row in rows:
+        turns, rest = divmod(row["deadline_ns"] - first, 5_000_000)
+        assert (rest, row["deadline_from"], row["requested_ns"]) == (0, "timerfd", -1)
+        assert turns >= 0
+        assert row["expirations"] == 1 + (row["exit_ns"] - row["deadline_ns"]) // 5_000_000
+    turns = [row["deadline_ns"] for row in rows]
+    assert len(set(turns)) == len(turns)
