@@ -97,13 +97,16 @@ class Scene:
     def agrees(self, *, within: float = 0.01) -> None:
         """Assert that each cause of all waits is what the second witness saw.
 
-        `within` is a share of all waiting time.
+        `within` is a share of all waiting time. Where the kernel fired no event for a switch
+        (docs/limits.md), neither of the two can know.
         """
         ours, theirs = parts(self.waits), self.witnessed()
         total = sum(ours.values())
+        unseen = int(theirs.pop("unknown").sum())
+        assert unseen <= 0.1 * total
         for cause in CAUSES:
             seen = int(theirs[cause].sum()) if cause in theirs else 0
-            assert abs(ours[cause] - seen) <= within * total, (cause, ours, seen)
+            assert abs(ours[cause] - seen) <= within * total + unseen, (cause, ours, seen)
 
 
 def kernel_threads() -> frozenset[int]:
@@ -188,6 +191,10 @@ class Stage:
             second.stop()
         scene = Scene(traced, second, kthreads | kernel_threads())
         check_causes(traced.capture)
+        # Waits that no event was fired for (docs/limits.md) have no row, and no cause.
+        known = parts(scene.waits)
+        assert known["unknown"] <= UNKNOWN_AT_MOST * sum(known.values()), known
         exact = parts(traced.capture.totals)
-        assert exact["unknown"] <= UNKNOWN_AT_MOST * sum(exact.values()), exact
+        if not traced.quality["missed_switches"]:
+            assert exact["unknown"] <= UNKNOWN_AT_MOST * sum(exact.values()), exact
         return scene

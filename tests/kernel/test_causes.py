@@ -169,9 +169,9 @@ def test_interrupts(stage: Stage, hog: bool) -> None:
         if hog:
             around.enter_context(stage.neighbour("hog", "hog"))
         around.enter_context(
-            stage.neighbour("flood", CPU, 64, 100, cpu=1, group=stage.groups.make("flood"))
+            stage.neighbour("flood", CPU, 64, 400, cpu=1, group=stage.groups.make("flood"))
         )
-        scene = stage.play("batch", 1500, 1000)
+        scene = stage.play("batch", 1200, 1000)
     ours, theirs = parts(scene.waits), scene.witnessed()
     for cause in ("irq", "softirq"):
         assert ours[cause] == pytest.approx(theirs[cause].sum(), rel=0.1), cause
@@ -195,7 +195,7 @@ def test_an_idle_cpu_has_no_culprit(stage: Stage) -> None:
         tid = int(scene.traced.facts["tid"])
         waits = scene.waits_of(tid)
         theirs = scene.witnessed(waits)
-        quiet = (theirs["other"] + theirs["kthread"]) == 0
+        quiet = (theirs["other"] + theirs["kthread"] + theirs["unknown"]) == 0
         if quiet.sum() > 500:
             break
     assert quiet.sum() > 500, "this CPU was never idle"
@@ -223,8 +223,10 @@ def test_short_waits_are_taken_apart_too(stage: Stage) -> None:
     scene.agrees(within=0.02)
     theirs = scene.witnessed()
     wait = ints(scene.waits, "wait_ns")
+    whole = theirs.pop("unknown") == 0
+    assert whole.sum() > 0.9 * len(wait)
     for cause, seen in theirs.items():
-        off = np.abs(ints(scene.waits, f"{cause}_ns") - seen)
+        off = np.abs(ints(scene.waits, f"{cause}_ns") - seen)[whole]
         # Both take the time of an event themselves, some 100 ns apart.
         assert np.quantile(off, 0.99) < 5_000, cause
     assert len(wait) > 1000

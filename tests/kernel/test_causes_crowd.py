@@ -7,12 +7,13 @@ import os
 import re
 import signal
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from cgroups import cpu_groups
-from invariants import ints
+from invariants import MOST_SLICES, ints
 from scenes import Stage, alone
 from tracing import build
 
@@ -108,15 +109,28 @@ def test_as_culprits(stage: Stage) -> None:
     assert crowd.facts["made"] == MANY
     scene.agrees(within=0.02)
     slices = scene.slices
-    who = set(
-        zip(ints(slices, "tid").tolist(), ints(slices, "tgid").tolist(), slices["comm"].to_pylist(),
-            strict=True)
-    )  # fmt: skip
-    crowded = {item for item in who if item[2] and NAMED.fullmatch(item[2])}
-    # All of them: there is no other time for them to run in than the victim's waits.
-    assert len({tid for tid, _, _ in crowded}) > 0.99 * MANY
+    crowded = {
+        item
+        for item in zip(
+            ints(slices, "tid").tolist(),
+            ints(slices, "tgid").tolist(),
+            slices["comm"].to_pylist(),
+            strict=True,
+        )
+        if item[2] and NAMED.fullmatch(item[2])
+    }
     assert not [item for item in crowded if item != (item[0], item[0], f"p{item[0]}")]
+    # There is no other time for them to run in than the victim's waits. Of a wait that saw more of
+    # them than are kept, the newest are kept.
+    assert len(crowded) > 0.7 * MANY
     # And each stay of theirs is as the second witness has it.
-    for tid in sorted({tid for tid, _, _ in crowded})[:: MANY // 50]:
-        ours = int(ints(scene.slices_of(tid), "dur_ns").sum())
-        assert abs(ours - scene.ran_while_waiting(tid)) < 5_000
+    stays = Counter(ints(slices, "victim_run_ns").tolist())
+    cut = {run for run, count in stays.items() if count >= MOST_SLICES}
+    compared = 0
+    for tid in sorted(tid for tid, _, _ in crowded)[:: MANY // 100]:
+        mine = scene.slices_of(tid)
+        if not cut & set(ints(mine, "victim_run_ns").tolist()):
+            ran = int(ints(mine, "dur_ns").sum())
+            assert abs(ran - scene.ran_while_waiting(tid)) < 5_000
+            compared += 1
+    assert compared > 20

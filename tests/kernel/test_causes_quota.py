@@ -99,10 +99,9 @@ def test_woken_into_a_group_that_is_throttled(stage: Stage) -> None:
     facts = scene.traced.facts
     sleeper = scene.waits_of(int(facts["tid"]))
     ours, total = parts(sleeper), waited(sleeper)
-    # Mostly it sleeps when the quota is used up: one long wait each period, ~88 ms.
-    long = sleeper.filter(pa.array(ints(sleeper, "wait_ns") > 50_000_000))
-    assert long.num_rows >= 15
-    assert set(names(long, "kind").tolist()) == {"wakeup"}
+    # One long wait each period, ~85 ms. It may run for a moment before (since 6.18 a thread is
+    # held up where it returns to user mode): never so far as to tell the time.
+    assert (ints(sleeper, "wait_ns") > 50_000_000).sum() >= 15
     assert total == pytest.approx(facts["late_ns"], rel=0.03)
     assert ours["throttled"] >= 0.95 * total, ours
     assert blamed(sleeper) == {group.name}

@@ -41,6 +41,12 @@ class Timeline:
     edges: list[int] = field(default_factory=list)
     states: list[int] = field(default_factory=list)
 
+    def forget(self, since: int) -> None:
+        """Who ran from edge number `since` on is not known after all."""
+        for i in range(since, len(self.states)):
+            if self.states[i] not in (IRQ, SOFTIRQ):
+                self.states[i] = UNSEEN
+
     def spent(
         self,
         start_ns: np.ndarray[Any, Any],
@@ -66,8 +72,8 @@ class Recording:
     def __init__(self, tracefs: Path, cpu: int) -> None:
         self._cpu = cpu
         self._instance = tracefs / "instances" / f"latrace-test-{os.getpid()}"
-        self._events: dict[int, tuple[str, int]] = {}
-        """By number: what it is, and where the one field that matters lies."""
+        self._events: dict[int, tuple[str, int, int]] = {}
+        """By number: what it is, and where the fields that matter lie (one twice, if only one)."""
         self._pages: list[bytes] = []
         self._instance.mkdir()
 
@@ -77,7 +83,7 @@ class Recording:
         write("trace_clock", "mono")
         write("tracing_cpumask", f"{1 << self._cpu:x}")
         write("buffer_size_kb", str(_BUFFER_KB))
-        self._enable("sched/sched_switch", "switch", "next_pid")
+        self._enable("sched/sched_switch", "switch", "next_pid", "prev_pid")
         self._enable("irq/softirq_entry", "softirq_entry", "vec")
         self._enable("irq/softirq_exit", "softirq_exit", "vec")
         self._enable("irq/irq_handler_entry", "irq_entry", "irq")
@@ -91,15 +97,15 @@ class Recording:
     def _write(self, name: str, text: str) -> None:
         (self._instance / name).write_text(text)
 
-    def _enable(self, event: str, kind: str, wanted: str) -> None:
+    def _enable(self, event: str, kind: str, wanted: str, besides: str = "") -> None:
         folder = self._instance / "events" / event
-        offset = -1
+        offsets = {}
         for line in (folder / "format").read_text().splitlines():
             parts = [part.strip() for part in line.split(";")]
-            if parts[0].startswith("field:") and parts[0].split()[-1] == wanted:
-                offset = int(parts[1].removeprefix("offset:"))
-        assert offset >= 0, (event, wanted)
-        self._events[int((folder / "id").read_text())] = (kind, offset)
+            if parts[0].startswith("field:"):
+                offsets[parts[0].split()[-1]] = int(parts[1].removeprefix("offset:"))
+        number = int((folder / "id").read_text())
+        self._events[number] = (kind, offsets[wanted], offsets[besides or wanted])
         (folder / "enable").write_text("1")
 
     def close(self) -> None:
@@ -118,10 +124,12 @@ class Recording:
     def timeline(self) -> Timeline:
         """Tell what the CPU did. Fails when an event was lost."""
         result = Timeline(self._cpu)
-        occupant, hard, soft = UNSEEN, 0, 0
-        for when, kind, value in chain.from_iterable(map(self._decode, self._pages)):
+        occupant, hard, soft, since = UNSEEN, 0, 0, 0
+        for when, kind, value, before in chain.from_iterable(map(self._decode, self._pages)):
             if kind == "switch":
-                occupant = value
+                if before != occupant:  # a switch that the kernel fired no event for
+                    result.forget(since)
+                occupant, since = value, len(result.edges)
             elif kind == "irq_entry":
                 hard += 1
             elif kind == "irq_exit":
@@ -140,7 +148,7 @@ class Recording:
         result.start_ns = result.edges[first]
         return result
 
-    def _decode(self, page: bytes) -> Iterator[tuple[int, str, int]]:
+    def _decode(self, page: bytes) -> Iterator[tuple[int, str, int, int]]:
         """Decode the events of a page, as in include/linux/ring_buffer.h."""
         when, commit = struct.unpack_from("QQ", page)
         assert not commit & _MISSED, "the kernel's buffer overflowed"
@@ -171,9 +179,11 @@ class Recording:
                 size = struct.unpack_from("I", page, at)[0]
                 body = at + 4
             at += size
-            kind, offset = self._events.get(struct.unpack_from("H", page, body)[0], ("", 0))
-            if kind:
-                yield when, kind, struct.unpack_from("i", page, body + offset)[0]
+            event = self._events.get(struct.unpack_from("H", page, body)[0])
+            if event is not None:
+                (value,) = struct.unpack_from("i", page, body + event[1])
+                (besides,) = struct.unpack_from("i", page, body + event[2])
+                yield when, event[0], value, besides
 
 
 @contextlib.contextmanager
