@@ -104,10 +104,12 @@ def _claims(summary: Summary) -> Iterator[tuple[int, str]]:
     waits = summary["waits"]
     tail, causes = waits["tail"], waits["tail"]["by_cause_ns"]
     processes = [one for one in waits["culprit_processes"] if one["cause"] == "other"]
-    if processes:
-        yield from _others(processes, causes["other"])
     unnamed = tail["not_itemised_ns"]["other"] if processes else causes["other"]
-    yield unnamed, "other processes had the CPU, which ones was not recorded"
+    foremost = ""
+    if processes:
+        yield from _others(processes, causes["other"] - unnamed)
+        foremost = f"; where it was, {_name(processes[0], 'pid')} had most"
+    yield unnamed, f"other processes had the CPU, which ones was not recorded{foremost}"
     own = [one for one in waits["culprits"] if one["cause"] == "own"]
     text = "threads of its own process had the CPU"
     if own and own[0]["ns"] >= _SINGLE * causes["own"]:
@@ -472,8 +474,7 @@ def _run_queue(tail: Entry, waited: int) -> str:
         :2
     ]
     causes["other"] -= sum(ns for ns, _ in told)
-    name = "more processes" if told else _SHORT["other"]
-    told += [(ns, name if cause == "other" else _SHORT[cause]) for cause, ns in causes.items()]
+    told += [(ns, _SHORT[cause]) for cause, ns in causes.items()]
     unknown = told.pop()
     told = sorted((one for one in told if one[0] > 0), key=lambda one: -one[0])
     if len(told) > _LISTED:

@@ -20,6 +20,7 @@ from latrace.analysis.capture import Capture
 from latrace.analysis.causes import COLUMNS, Parts, grouped, no_parts, parts_of
 from latrace.analysis.chunks import chunks, names, numbers
 from latrace.analysis.selection import Selection
+from latrace.analysis.sleep_calls import NOT_TOLD, LateCalls
 
 _COLUMNS = (
     "run_ns",
@@ -169,8 +170,8 @@ class Slow:
     """Waits above this."""
     calls: int = 0
     """How many kinds of sleep call there are."""
-    sleep_call: npt.NDArray[np.intp] = field(default_factory=lambda: np.zeros(0, np.intp))
-    """The kind of call of each row in `sleeps` that came back late; -1: it did not."""
+    late: LateCalls | None = None
+    """Which sleep calls count as slow."""
 
 
 def survey(capture: Capture, selection: Selection) -> Survey:
@@ -258,16 +259,14 @@ def _mark(rows: Rows, table: pa.Table, slow: Slow, *, every: bool) -> Marks:
     if tail.any():
         _add_tail(rows.tail, table.filter(pa.array(tail)), parts[tail])
     _add_throttled(rows, table, parts[:, 0], tail)
-    sleep = numbers(table, "sleep", -1)
-    inside = (sleep >= 0) & (sleep < len(slow.sleep_call))
+    run, tid = numbers(table, "run_ns"), numbers(table, "tid")
     call = np.full(len(wait), -1, np.intp)
-    call[inside] = slow.sleep_call[sleep[inside]]
+    if slow.late is not None:
+        call = slow.late.find(numbers(table, "sleep", NOT_TOLD), tid, run)
     late = call >= 0
     rows.calls += grouped(parts[late], call[late], slow.calls)
     wanted = np.flatnonzero(tail | late | every)
-    return Marks(
-        numbers(table, "run_ns")[wanted], numbers(table, "tid")[wanted], tail[wanted], call[wanted]
-    )
+    return Marks(run[wanted], tid[wanted], tail[wanted], call[wanted])
 
 
 def _add_tail(tail: Tail, table: pa.Table, parts: Parts) -> None:

@@ -57,7 +57,7 @@ def summarise(
     if over_ns is None:
         over_ns = histogram.tail_over(counts, _TAIL)
     calls = read_sleep_calls(capture, selection)
-    rows = scan(capture, selection, Slow(over_ns, len(calls.calls), calls.late_call))
+    rows = scan(capture, selection, Slow(over_ns, len(calls.calls), calls.late))
     slices = scan_slices(capture, rows.marks, every=selection.everything)
     if not exact:
         processes = _processes_of_rows(rows)

@@ -142,7 +142,8 @@ def _warnings(summary: Summary) -> Iterator[str]:
         yield text
     for key, what in (("lost_slices", "culprits"), ("lost_sleeps", "sleep calls")):
         if quality.get(key):
-            yield f"{plural(quality[key], 'record')} of {what} were lost: the ring was full."
+            count = quality[key]
+            yield f"{plural(count, 'record')} of {what} {'was' if count == 1 else 'were'} lost."
     if quality["lost_stacks"]:
         yield f"{plural(quality['lost_stacks'], 'stack')} could not be kept."
     degraded = quality["degraded"]

@@ -233,7 +233,7 @@ def story() -> dict[str, dict[str, Any]]:
     for cause, column in parts.items():
         exact["totals"][f"{cause}_ns"] = [int(column.sum())]
         exact["threads"][f"{cause}_ns"] = [int(column[tid == one].sum()) for one in (812, 813)]
-    sleeps = story_sleeps(run[slow], wait[slow])
+    sleeps = story_sleeps(run[slow], wait[slow], tid[slow])
     hist = exact["hist"]
     counts = histogram.empty()
     np.add.at(
@@ -301,7 +301,7 @@ def story_slices(run: Any, tid: Any) -> dict[str, Any]:
     return columns
 
 
-def story_sleeps(run: Any, wait: Any) -> dict[str, Any]:
+def story_sleeps(run: Any, wait: Any, tid: Any) -> dict[str, Any]:
     """100 calls that were a little late, 20 late by the slow waits of `story`, 5 woken early."""
     overshoot = [60_000] * 100 + [int(one) + 60_000 for one in wait] + [None] * 5
     count = len(overshoot)
@@ -312,8 +312,11 @@ def story_sleeps(run: Any, wait: Any) -> dict[str, Any]:
     return {
         "enter_ns": np.full(count, START_NS, np.uint64),
         "exit_ns": np.concatenate([np.full(100, START_NS + 1), run, np.full(5, START_NS + 2)]),
-        "tid": np.full(count, 812, np.int32),
+        "tid": np.concatenate([np.full(100, 812), tid, np.full(5, 812)]).astype(np.int32),
         "tgid": np.full(count, 812, np.int32),
+        "deadline_ns": np.array(
+            [0] * 100 + [int(one) - 1_000_000 for one in run] + [0] * 5, np.uint64
+        ),
         "call": ["epoll_wait"] * count,
         "clock": ["monotonic"] * count,
         "deadline_from": ["timeout"] * 120 + ["timerfd"] * 5,

@@ -31,6 +31,7 @@ from latrace.analysis.capture import open_capture
 from latrace.analysis.culprits import scan_slices
 from latrace.analysis.rows import Marks
 from latrace.analysis.selection import Selection
+from latrace.analysis.sleep_calls import NOT_TOLD, LateCalls
 from latrace.analysis.summary import summarise
 
 LIMITED = {
@@ -355,6 +356,62 @@ def test_sleep_calls_without_counters_or_rows(tmp_path: Path) -> None:
     assert call["overshoot_ns"] == {"p50": 0, "p90": 0, "p99": 0, "max": 0}
 
 
+def test_waits_find_their_sleep_call_by_thread_and_time(tmp_path: Path) -> None:
+    tables = story()
+    told = summary_of(tmp_path / "told", copy.deepcopy(tables), selection=Selection())
+    assert told["sleeps"][0]["tail"]["wait_ns"] > 0
+    tables["waits"]["sleep"] = [None] * (FAST + SLOW)
+    found = summary_of(tmp_path / "found", copy.deepcopy(tables))
+    assert found["sleeps"] == told["sleeps"]
+    tables["waits"]["sleep"] = np.full(FAST + SLOW, -1, np.int64)
+    none = summary_of(tmp_path / "none", tables)
+    assert none["sleeps"][0]["tail"]["wait_ns"] == 0
+
+
+@given(
+    calls=st.lists(st.tuples(st.integers(1, 3), st.integers(0, 40), st.integers(1, 9)), max_size=8),
+    waits=st.lists(st.tuples(st.integers(0, 4), st.integers(0, 60)), max_size=30),
+)
+def test_late_calls_are_found_as_a_search_would(
+    calls: list[tuple[int, int, int]], waits: list[tuple[int, int]]
+) -> None:
+    # One after the other for each thread, as calls are.
+    ends = dict.fromkeys((1, 2, 3), 0)
+    spans = []
+    for tid, gap, length in calls:
+        begin = ends[tid] + gap
+        ends[tid] = begin + length
+        spans.append((tid, begin, ends[tid]))
+    table = {
+        "tid": np.array([tid for tid, _, _ in spans], np.int32),
+        "from_ns": np.array([begin for _, begin, _ in spans], np.uint64),
+        "exit_ns": np.array([end for _, _, end in spans], np.uint64),
+    }
+    late = LateCalls(np.arange(len(spans), dtype=np.intp), table)
+    found = late.find(
+        np.full(len(waits), NOT_TOLD, np.int64),
+        np.array([tid for tid, _ in waits], np.int32),
+        np.array([run for _, run in waits], np.uint64),
+    )
+    expected = [
+        next((n for n, (t, begin, end) in enumerate(spans) if t == tid and begin < run <= end), -1)
+        for tid, run in waits
+    ]
+    assert found.tolist() == expected
+
+
+def test_totals_of_calls_are_the_kernels(tmp_path: Path) -> None:
+    parts = {"entry_ns": 1, "timer_ns": 2, "run_queue_ns": 3, "return_ns": 4}
+    counted = {"count": 900, "early": 80, "overshoot_ns": 10, **parts}
+    manifest = {**MANIFEST, "sleeps": {"calls": {"epoll_wait": counted, "futex": "nonsense"}}}
+    (call,) = summary_of(tmp_path / "a", story(), manifest=manifest)["sleeps"]
+    assert (call["count"], call["early"], call["rows"]) == (900, 80, 125)
+    assert call["parts_ns"] == {"entry": 1, "timer": 2, "run_queue": 3, "return": 4}
+    selection = Selection(over_ns=0)
+    (call,) = summary_of(tmp_path / "b", story(), manifest=manifest, selection=selection)["sleeps"]
+    assert (call["count"], call["early"]) == (120, 0)
+
+
 def test_a_sleep_that_is_not_there_is_no_error(tmp_path: Path) -> None:
     tables = story()
     tables["waits"]["sleep"] = np.full(FAST + SLOW, 10**12, np.int64)
@@ -403,7 +460,9 @@ def test_one_thread_and_only_what_took_long(tmp_path: Path) -> None:
     assert waits["culprit_processes"][0]["ns"] == sum(chosen)
     assert [thread["tid"] for thread in summary["threads"]] == [813]
     assert summary["threads"][0]["comm"] == "bio_close_file"
-    assert summary["sleeps"] == []  # all of them are the other thread's
+    (call,) = summary["sleeps"]
+    late = [other for other in SLOW_OTHER[1::2] if fixed + 60_000 + other > 5_000_000]
+    assert call["count"] == call["overshot"] == len(late)
 
 
 def test_sleep_calls_of_a_part_are_those_that_ended_in_it(tmp_path: Path) -> None:

@@ -136,7 +136,14 @@ def test_the_sentence_names_cause_culprit_and_function(summary: dict[str, Any]) 
         (
             {"other": 100 * MS},
             [culprit("other", 9 * MS), *[culprit("other", 8 * MS)] * 11],
-            "for all of it other processes had the CPU, foremost batch (pid 990) with 9 % of that.",
+            "for 97 % of it other processes had the CPU, foremost batch (pid 990) with 9 % of"
+            " that.",
+        ),
+        (
+            {"other": 100 * MS},
+            [culprit("other", 4 * MS)],
+            "for 96 % of it other processes had the CPU, which ones was not recorded; where it was,"
+            " batch (pid 990) had most.",
         ),
         (
             {"throttled": 95 * MS, "idle": 5 * MS},
