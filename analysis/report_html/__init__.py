@@ -59,6 +59,8 @@ def _pictures(capture: Capture, summary: Mapping[str, Any], selection: Selection
         counts = exact if exact.any() else counts
     sleeps = series.read_sleeps(capture, window, selection)
     marks = charts.marks_of(summary["waits"])
+    drawn = [line["call"] for line in summary["sleeps"] if line["call"] in sleeps.grids]
+    drawn = drawn[: charts.COLOURS]
     lines = [(label, ns) for label, _, ns in marks if label in ("P50", "P99")]
     return Pictures(
         heat=charts.heat_map(waits, window, lines) if waits.rows and timed else "",
@@ -66,9 +68,8 @@ def _pictures(capture: Capture, summary: Mapping[str, Any], selection: Selection
         if waits.rows and waits.has_causes and timed
         else "",
         tail=charts.tail_curve(counts, marks) if counts.any() else "",
-        sleeps=charts.sleep_calls(sleeps, [line["call"] for line in summary["sleeps"]])
-        if sleeps.grids
-        else "",
+        sleeps=charts.sleep_calls(sleeps, drawn) if drawn else "",
+        calls=drawn,
         heat_note=_note(summary, selection),
         flames=_flames(capture),
     )

@@ -33,8 +33,10 @@ HEAT_LIGHT: Final = ("#dbe9f6", "#a3cae9", "#5ba3d6", "#2271b5", "#0b3d78", "#05
 HEAT_DARK: Final = ("#17324d", "#1e5180", "#2b7bba", "#58a9e0", "#a7d5f5", "#f2faff")
 """How many: from one to the most. Rising in contrast to the page."""
 
+COLOURS: Final = 6
+"""As many sleep calls are told apart."""
+
 _MOST_ROWS = 60  # of latency, in a heat map
-_CALLS = 6  # colours told apart
 _BESIDE = 96  # px for the name of a quantile beside the curve
 _SIZES = 5  # of points
 _ASIDE = 8  # px between the points of two calls that asked for the same
@@ -287,13 +289,15 @@ def _share_axis(ax: Axes, least: float) -> None:
 # --- sleep calls -------------------------------------------------------------------------------
 
 
-def sleep_calls(sleeps: Sleeps, order: Sequence[str]) -> str:
-    """Draw what sleep calls asked for and by how much they overshot it; `order` gives colours."""
-    drawn = [call for call in order[:_CALLS] if call in sleeps.grids]
+def sleep_calls(sleeps: Sleeps, drawn: Sequence[str]) -> str:
+    """Draw what sleep calls asked for and by how much they overshot it.
+
+    `drawn`: the calls to show, at most COLOURS; each has a grid, and its colour by its place.
+    """
     total = sum((sleeps.grids[call] for call in drawn), start=np.zeros((LATENCIES,) * 2, np.int64))
     asked, late = np.flatnonzero(total.sum(axis=1)), np.flatnonzero(total.sum(axis=0))
     box = [
-        _doubling(int(edge)) for edge in (asked[0] - 2, asked[-1] + 3, late[0] - 2, late[-1] + 3)
+        _doubling(int(edge)) for edge in (asked[0] - 5, asked[-1] + 6, late[0] - 2, late[-1] + 3)
     ]
 
     def paint(figure: Figure, form: Format) -> None:
@@ -315,7 +319,7 @@ def sleep_calls(sleeps: Sleeps, order: Sequence[str]) -> str:
                     LOWEST + (row[mine] + 0.5) / FINEST,
                     "o",
                     markersize=size,
-                    color=INK[f"s-{order.index(call)}"],
+                    color=INK[f"s-{number}"],
                     alpha=0.8,
                     mew=0.6,
                     mec=INK["surface"],

@@ -79,8 +79,8 @@ def sleeps(summary: Summary, pictures: Pictures) -> str:
     ]
     if pictures.sleeps:
         colours = "".join(
-            f"<span>{elements.swatch(f's-{number}')}{name(line['call'])}</span>"
-            for number, line in enumerate(sleeps[:6])
+            f"<span>{elements.swatch(f's-{number}')}{name(call)}</span>"
+            for number, call in enumerate(pictures.calls)
         )
         out.append(
             elements.figure(

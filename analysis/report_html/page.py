@@ -43,6 +43,8 @@ class Pictures:
     causes: str = ""
     tail: str = ""
     sleeps: str = ""
+    calls: Sequence[str] = ()
+    """The calls in `sleeps`, in the order of their colours."""
     heat_note: str = ""
     """Which waits the plots over time do not have."""
     flames: Sequence[Flame] = ()
