@@ -13,6 +13,7 @@ from pathlib import PurePath
 from typing import Final
 
 from latrace.flamegraphs.build import KINDS, CaptureTables, Kind, build_profile
+from latrace.flamegraphs.diff import to_diff_svg
 from latrace.flamegraphs.folded import to_folded
 from latrace.flamegraphs.profile import Frame, FrameKind, Profile
 from latrace.flamegraphs.speedscope import to_speedscope
@@ -29,6 +30,7 @@ __all__ = [
     "build_profile",
     "format_of",
     "render",
+    "to_diff_svg",
     "to_folded",
     "to_speedscope",
     "to_svg",

@@ -133,7 +133,7 @@ class _Part:
             yield (*self.root, NOT_SAMPLED), self.total_ns - self.sampled_ns
 
 
-def build_profile(capture: CaptureTables, *, kind: Kind) -> Profile:
+def build_profile(capture: CaptureTables, *, kind: Kind, pids: bool = True) -> Profile:
     """Return the capture's time by stack.
 
     wait: `[waiting: cause]` → process → user frames → `-` → kernel frames, by the time then spent
@@ -151,12 +151,13 @@ def build_profile(capture: CaptureTables, *, kind: Kind) -> Profile:
     Weights are added per stack in nanoseconds and rounded to microseconds together, so that the
     root is the exact total of the in-kernel counters; what was not sampled stands under
     `[not sampled]`. Should the samples exceed the counters (a capture that was cut off), their
-    sum is the root, and a warning says so. Raises ValueError for an unknown kind.
+    sum is the root, and a warning says so. Without `pids` culprits of one name are one, as two
+    captures need it that are compared. Raises ValueError for an unknown kind.
     """
     if kind not in KINDS:
         raise ValueError(f"no flame graph kind {kind!r}: it is one of {', '.join(KINDS)}")
     totals = _totals(capture)
-    parts = _parts(capture, kind, totals)
+    parts = _parts(capture, kind, totals, pids=pids)
     warnings = _warnings(capture)
     counted = [part for part in parts if part.exact_ns is not None]
     counted_ns = sum(part.total_ns for part in counted)
@@ -189,10 +190,12 @@ def build_profile(capture: CaptureTables, *, kind: Kind) -> Profile:
 # --- stacks and weights -------------------------------------------------------------------------
 
 
-def _parts(capture: CaptureTables, kind: Kind, totals: Mapping[str, int]) -> list[_Part]:
+def _parts(
+    capture: CaptureTables, kind: Kind, totals: Mapping[str, int], *, pids: bool
+) -> list[_Part]:
     known = _Stacks(capture)
     if kind == "culprit":
-        return _culprits(capture, known, totals)
+        return _culprits(capture, known, totals, pids=pids)
     comms = _process_names(capture.table("threads", columns=("tid", "tgid", "comm")))
 
     def process(tgid: int) -> Frame:
@@ -267,14 +270,16 @@ def _waiting(
     return list(by_cause.values())
 
 
-def _culprits(capture: CaptureTables, known: _Stacks, totals: Mapping[str, int]) -> list[_Part]:
+def _culprits(
+    capture: CaptureTables, known: _Stacks, totals: Mapping[str, int], *, pids: bool
+) -> list[_Part]:
     """Return a part for each culprit, and one for each cause's time that no slice tells of."""
     by = ("cause", "comm", "tgid", "vector")
     shown = dict.fromkeys(CULPRITS, 0)
     parts: dict[_Stack, _Part] = {}
 
     def part_of(cause: str, comm: str | None, tgid: int, vector: str | None) -> _Part:
-        root = _culprit(cause, comm, tgid, vector)
+        root = _culprit(cause, comm, tgid if pids else None, vector)
         return parts.setdefault(root, _Part(root, 0))
 
     for cause, comm, tgid, vector, dur_ns in _grouped(capture, "slices", by, "dur_ns"):
@@ -298,7 +303,7 @@ def _culprits(capture: CaptureTables, known: _Stacks, totals: Mapping[str, int])
     return [*parts.values(), *rest]
 
 
-def _culprit(cause: str, comm: str | None, tgid: int, vector: str | None) -> _Stack:
+def _culprit(cause: str, comm: str | None, tgid: int | None, vector: str | None) -> _Stack:
     """Return the frames at the root of who ran: a name, and what it was to the thread waiting."""
     if cause == "irq":
         return (Frame("[irq]", "state"),)
@@ -307,9 +312,11 @@ def _culprit(cause: str, comm: str | None, tgid: int, vector: str | None) -> _St
     name = comm or "[unknown]"
     if cause == "kthread":
         return (Frame(f"{name} [kernel thread]", "thread"),)
+    if tgid is not None:
+        name += f" ({tgid})"
     if cause == "own":
-        return (Frame(f"{name} ({tgid}) [own thread]", "thread"),)
-    return (Frame(f"{name} ({tgid})", "process"),)
+        return (Frame(f"{name} [own thread]", "thread"),)
+    return (Frame(name, "process"),)
 
 
 def _float(column: pa.ChunkedArray) -> pa.ChunkedArray:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from importlib import resources
-from typing import Final, get_args
+from typing import Final, Protocol, get_args
 from xml.sax.saxutils import escape as xml_escape
 from zlib import crc32
 
@@ -50,8 +50,22 @@ _LEGEND: Final[dict[FrameKind, str]] = {
 }
 
 
+class Paint(Protocol):
+    """Another colouring than by the kind of frame."""
+
+    legend: Sequence[tuple[str, str]]
+    """Classes of `flame.css` and their meaning."""
+
+    def of(self, box: Box) -> tuple[str, str]:
+        """Return the class of a frame, and what is said of it besides its time and share."""
+
+
 def to_svg(
-    profile: Profile, *, inverted: bool = False, max_frames: int = MAX_FRAMES
+    profile: Profile,
+    *,
+    inverted: bool = False,
+    max_frames: int = MAX_FRAMES,
+    paint: Paint | None = None,
 ) -> str:
     """Return the profile as an SVG document, root at the bottom (at the top if `inverted`).
 
@@ -61,7 +75,7 @@ def to_svg(
     layout = lay_out(profile, min_share=MIN_PIXELS / (WIDTH - 2 * PAD), max_boxes=max_frames)
     head, top = _head(profile)
     bottom = top + layout.rows * ROW
-    foot = _foot(layout, bottom + 10)
+    foot = _foot(layout, bottom + 10, paint)
     height = bottom + 46
     title = _safe(profile.title)
     facts = "; ".join(f"{key}: {value}" for key, value in profile.facts)
@@ -76,7 +90,7 @@ def to_svg(
         *head,
         f'<g class="frames" data-rows="{layout.rows}" data-row="{ROW}" '
         f'data-pad="{PAD}" data-hidden="{layout.hidden_us}" data-inverted="{int(inverted)}">',
-        *_frames(layout, top=top, inverted=inverted),
+        *_frames(layout, top=top, inverted=inverted, paint=paint),
         "</g>",
         *foot,
         f"<script><![CDATA[\n{_SCRIPT}]]></script>",
@@ -85,30 +99,37 @@ def to_svg(
     return "\n".join(drawing)
 
 
-def _frames(layout: Layout, *, top: int, inverted: bool) -> Iterable[str]:
+def _frames(layout: Layout, *, top: int, inverted: bool, paint: Paint | None) -> Iterable[str]:
     scale = (WIDTH - 2 * PAD) / max(1, layout.total_us)
     for box in layout.boxes:
         # Both edges are rounded, not the width: a rounded child stays inside its rounded parent.
         left = round(PAD + box.start * scale, 2)
         right = round(PAD + (box.start + box.value) * scale, 2) if layout.total_us else WIDTH - PAD
         row = box.depth if inverted else layout.rows - 1 - box.depth
-        yield _frame(box, layout.total_us, left=left, width=right - left, y=top + row * ROW)
+        yield _frame(
+            box, layout.total_us, left=left, width=right - left, y=top + row * ROW, paint=paint
+        )
 
 
-def _frame(box: Box, total_us: int, *, left: float, width: float, y: int) -> str:
+def _frame(
+    box: Box, total_us: int, *, left: float, width: float, y: int, paint: Paint | None
+) -> str:
     name = visible(box.frame.name, limit=NAME_LIMIT).strip() or "[unknown]"
     if box.depth == 0:
         name += f" · {human_us(total_us)}"
     # The same name has the same tint in every picture.
-    tint = crc32(name.encode()) % TINTS
+    colour = f"{box.frame.kind} t{crc32(name.encode()) % TINTS}"
     thin = " thin" if width < 2 else ""
     about = [f"{human_us(box.value)}, {human_share(box.value, total_us)}"]
+    if paint is not None:
+        colour, told = paint.of(box)
+        about.append(told)
     if box.frame.module:
         about.append(visible(box.frame.module, limit=NAME_LIMIT))
     label = fit(name, int((width - 2 * INSET) / CELL))
     text = f'<text x="{left + INSET:.2f}" y="{y + 12}">{xml_escape(label)}</text>' if label else ""
     return (
-        f'<g class="{box.frame.kind} t{tint}{thin}" data-t="{box.start} {box.value} {box.depth}">'
+        f'<g class="{colour}{thin}" data-t="{box.start} {box.value} {box.depth}">'
         f"<title>{xml_escape(name)}\n{xml_escape(' · '.join(about))}</title>"
         f'<rect x="{left:.2f}" y="{y}" width="{width:.2f}" height="{ROW - 1}" rx="1.5"/>{text}</g>'
     )
@@ -149,18 +170,19 @@ def _wrapped(facts: Sequence[tuple[str, str]]) -> list[list[tuple[str, str]]]:
     return lines
 
 
-def _foot(layout: Layout, y: int) -> list[str]:
-    kinds = {box.frame.kind for box in layout.boxes}
+def _foot(layout: Layout, y: int, paint: Paint | None) -> list[str]:
+    legend: Sequence[tuple[str, str]]
+    if paint is not None:
+        legend = paint.legend
+    else:
+        kinds = {box.frame.kind for box in layout.boxes}
+        legend = [(kind, _LEGEND[kind]) for kind in get_args(FrameKind) if kind in kinds]
     x = float(PAD)
     out = ['<g class="legend">']
-    for kind in get_args(FrameKind):
-        if kind in kinds:
-            label = _LEGEND[kind]
-            out.append(
-                f'<g class="{kind}"><rect x="{x:.1f}" y="{y}" width="11" height="11" rx="2"/>'
-            )
-            out.append(f'<text x="{x + 16:.1f}" y="{y + 10}">{label}</text></g>')
-            x += 16 + len(label) * _LABEL + 16
+    for colour, label in legend:
+        out.append(f'<g class="{colour}"><rect x="{x:.1f}" y="{y}" width="11" height="11" rx="2"/>')
+        out.append(f'<text x="{x + 16:.1f}" y="{y + 10}">{label}</text></g>')
+        x += 16 + len(label) * _LABEL + 16
     note = "left to right is by name, not by time"
     if layout.hidden:
         note += (

@@ -140,7 +140,7 @@ def complete(*words: str) -> list[str]:
 def test_bash_completes_commands_options_and_choices() -> None:
     assert complete("fl") == ["flame"]
     assert complete("attach", "--ch") == ["--children"]
-    assert complete("flame", "--kind", "w") == ["wait", "waker"]
+    assert complete("flame", "--kind", "w") == ["wait", "waker", "wall"]
     assert complete("attach", "--duration", "") == []
 
 

@@ -8,6 +8,7 @@ verbs=(
     'run:Start a program and trace it from its first instruction'
     'flame:Draw where the threads waited, and for whom, as a flame graph'
     'report:Tell in words, as JSON or as a page, why the threads of a capture waited'
+    'diff:Compare two captures, and tell which differences are noise'
     'doctor:Try what tracing needs, and say what to do where it fails'
     'demo:Trace a real victim and a real culprit, and explain what is seen'
 )
@@ -79,6 +80,16 @@ case $line[1] in
             '(-f --force)'{-f,--force}'[Replace an output that exists.]' \
             '(-q --quiet)'{-q,--quiet}'[Say nothing on the way but warnings.]' \
             '(-h --help)'{-h,--help}'[Show the help.]'
+        ;;
+    diff)
+        _arguments -s \
+            '(-o --output)'{-o,--output}'[Draw a flame graph of both instead\: red is more in B, blue less. - is stdout.]:FILE.svg: ' \
+            ''--kind'[What the flame graph shows, as in latrace flame.]:wait|offcpu|culprit|waker|wall:(wait offcpu culprit waker wall)' \
+            ''--json'[Print the comparison as JSON, for machines.]' \
+            '(-f --force)'{-f,--force}'[Replace an output that exists.]' \
+            '(-q --quiet)'{-q,--quiet}'[Say nothing on the way but warnings.]' \
+            '(-h --help)'{-h,--help}'[Show the help.]' \
+            '1:A: ' '1:B: '
         ;;
     doctor)
         _arguments -s \

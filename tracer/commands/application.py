@@ -9,6 +9,7 @@ import typer
 from latrace import __version__
 from latrace.tracer.commands.attach import attach
 from latrace.tracer.commands.demo import demo
+from latrace.tracer.commands.diff import diff
 from latrace.tracer.commands.doctor import doctor
 from latrace.tracer.commands.flame import flame
 from latrace.tracer.commands.report import report
@@ -61,7 +62,7 @@ def latrace(
         raise typer.Exit(_EXIT_USAGE)
 
 
-for _command in (attach, run, flame, report, doctor, demo):
+for _command in (attach, run, flame, report, diff, doctor, demo):
     app.command(
         # The traced program's own options are its own, with or without a -- before it.
         context_settings={"allow_interspersed_args": False} if _command is run else None
