@@ -10,6 +10,7 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pyarrow as pa
@@ -68,7 +69,7 @@ NAMED = re.compile(r"[tp](\d+)")
 def test_as_targets_threads(stage: Stage) -> None:
     """Ten thousand threads, traced: each has its own row and name, and is forgotten again."""
     after = []
-    for turn in range(2):
+    for turn in range(3):
         before, watch = open_files(), Watch()
         again = Stage(stage.program, stage.groups, stage.output.with_name(f"turn{turn}"))
         scene = again.play("threads", 0, MANY, 50, meanwhile=watch)
@@ -83,10 +84,11 @@ def test_as_targets_threads(stage: Stage) -> None:
         assert set(ints(threads, "tgid").tolist()) == {scene.traced.pid}
         del scene, threads, rows
         after.append(held())
-    # The second ten thousand leave nothing: no object for each, and no 3 KiB for each.
-    (objects, memory), (objects_again, memory_again) = after
-    assert objects_again - objects < MANY // 10
-    assert memory_again - memory < MANY * 3 << 10
+    # Another ten thousand leave nothing: no object for each, and no 3 KiB for each. A leak grows
+    # every time; what an allocator keeps, or a compiler, does not.
+    growth = [(b[0] - a[0], b[1] - a[1]) for a, b in pairwise(after)]
+    assert min(objects for objects, _ in growth) < MANY // 10, growth
+    assert min(memory for _, memory in growth) < MANY * 3 << 10, growth
 
 
 def test_as_targets_processes(stage: Stage) -> None:
