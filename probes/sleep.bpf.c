@@ -348,7 +348,8 @@ static inline void sleep_leave(struct thread_state *t, u64 task, struct cpu_stat
 			c->never_blocked++;
 			s->phase = SLEEP_NONE;
 		}
-	} else if (was_in_user_mode(task)) {
+	} else if (was_in_user_mode(task) || (s32)LD32(regs, OFF_REGS_SYSCALL) < 0) {
+		/* Below zero: interrupted in user mode. */
 		close_sleep(s, task, c);
 	} else if (!runnable && s->woken_ns < s->deadline_ns && s->call == SLEEP_FUTEX) {
 		/* Woken for nothing, and off to sleep again under the same timer. */
@@ -380,6 +381,16 @@ static inline int sleep_unseen(struct thread_state *t, u64 task, struct cpu_stat
 	t->sleep.phase = SLEEP_BACK;
 	sleep_ran(&t->sleep, now, waited > ours ? waited - ours : 0);
 	return 1;
+}
+
+/* Its stack was taken, for some 10 us. Where nothing tells of the door to user mode, that is the
+ * last that is seen of the call. */
+static inline void sleep_delayed(u64 task)
+{
+	struct thread_state *t = lat_tasks.task_storage_get((void *)task, 0, 0);
+
+	if (t && t->sleep.phase == SLEEP_BACK)
+		t->sleep.back_ns = bpf_ktime_get_ns();
 }
 
 /* rseq_update: a thread at the door to user mode. */
@@ -421,5 +432,6 @@ static inline void sleep_waking(struct thread_state *t, u64 now) {}
 static inline void sleep_timerfd(struct thread_state *t, u64 task, u64 waker, u64 now) {}
 static inline void sleep_enter(struct thread_state *t, u64 now, u64 wait) {}
 static inline void sleep_leave(struct thread_state *t, u64 task, struct cpu_state *c, int runnable) {}
+static inline void sleep_delayed(u64 task) {}
 static inline void sleep_end(struct thread_state *t, u64 task, struct cpu_state *c) {}
 #endif

@@ -280,18 +280,16 @@ static inline void send_wait(struct thread_state *s, u64 task, u64 now, u64 wait
 		k->due_wait_ns = wait;
 }
 
-static inline void enter(u64 task, u64 now)
+static inline void enter(u64 task, u64 now, struct cpu_clock *k)
 {
 	struct thread_state *s = state_of(task);
 	struct cpu_state *c = this_cpu();
-	struct cpu_clock *k = clock_of(bpf_get_smp_processor_id());
-	u64 wait, wakeup, *causes;
+	u64 wait, wakeup, *causes = k->due;
 	int started;
 	u8 place;
 
-	if (!s || !c || !k)
+	if (!s || !c)
 		return;
-	causes = k->due;
 	if (s->wait.place == PLACE_WAITING && s->wait.start_ns > now)
 		c->discarded++;
 	place = s->wait.place;
@@ -339,6 +337,40 @@ static inline void enter(u64 task, u64 now)
 	cause_unqueued(s);
 }
 
+/* The parts of lat_switch; see then_stay in kernel.h. */
+int lat_stay(u64 *ctx)
+{
+	struct cpu_clock *k = clock_of(bpf_get_smp_processor_id());
+
+	if (k)
+		remember_stay(ctx, k, ARG(ctx, 1), k->now_ns);
+	return 0;
+}
+
+int lat_leave(u64 *ctx)
+{
+	struct cpu_clock *k = clock_of(bpf_get_smp_processor_id());
+	u64 prev = ARG(ctx, 1);
+#ifdef HAVE_PREV_STATE
+	u32 state = ARG(ctx, 3);
+#else
+	u32 state = LD32(prev, OFF_TASK_STATE);
+#endif
+
+	if (k)
+		leave(prev, k->now_ns, (u8)ARG(ctx, 0) || !state, state & TASK_DEAD);
+	return 0;
+}
+
+int lat_enter(u64 *ctx)
+{
+	struct cpu_clock *k = clock_of(bpf_get_smp_processor_id());
+
+	if (k)
+		enter(ARG(ctx, 2), k->now_ns, k);
+	return 0;
+}
+
 int lat_switch(u64 *ctx)
 {
 	u64 prev = ARG(ctx, 1), next = ARG(ctx, 2), now;
@@ -351,23 +383,17 @@ int lat_switch(u64 *ctx)
 	gate = k->since_ns;
 	if (!out && !in && !gate)
 		return 0;
-	now = bpf_ktime_get_ns();
+	now = k->now_ns = bpf_ktime_get_ns();
 	if (gate) {
 		account(k, now, clock_of_thread(prev), prev, 0);
 		/* Of one short wait that ends here nobody will ask who made it. */
 		if (!in || k->waiting > 1 || now - k->opened_ns >= SLICED_NS)
-			remember_stay(ctx, k, prev, now);
+			then_stay(ctx);
 	}
-	if (out) {
-#ifdef HAVE_PREV_STATE
-		u32 state = ARG(ctx, 3);
-#else
-		u32 state = LD32(prev, OFF_TASK_STATE);
-#endif
-		leave(prev, now, (u8)ARG(ctx, 0) || !state, state & TASK_DEAD);
-	}
+	if (out)
+		then_leave(ctx);
 	if (in)
-		enter(next, now);
+		then_enter(ctx);
 	next_stay(k, next, now);
 	if (k->due_wait_ns)
 		then_slices(ctx);
@@ -393,5 +419,6 @@ int lat_sched_exit(u64 *ctx)
 	c->due_tid = 0;
 	if (!send_stack(ctx, c, key, task, 1, SCRATCH_VICTIM))
 		c->lost_stacks++;
+	sleep_delayed(task);
 	return 0;
 }

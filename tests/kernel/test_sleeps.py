@@ -231,6 +231,21 @@ def test_on_an_idle_cpu(sleeps: Path, tmp_path: Path) -> None:
     assert {row["call"] for _, row in slept.calls if row} == {said.call for said, _ in slept.calls}
 
 
+def test_where_the_door_to_user_mode_is_not_seen(sleeps: Path, tmp_path: Path) -> None:
+    """A program without restartable sequences: a call ends where its thread last got the CPU."""
+    command = ["env", "GLIBC_TUNABLES=glibc.pthread.rseq=0", sleeps, "5", "p"]
+    slept = sleep(command, tmp_path / "c")
+    check_invariants(slept)
+    check_run_queue(slept)
+    rows = [(said, row) for said, row in slept.calls if row and row["overshoot_ns"] is not None]
+    assert len(slept.calls) - len(rows) <= unseen(slept)
+    assert all(row["ret"] is None for _, row in rows)
+    off = np.array([said.overshoot_ns - row["overshoot_ns"] for said, row in rows])
+    # What is left out is the way out of the kernel; with a cold cache that takes some time.
+    assert 1_000 < np.median(off) < 20_000
+    assert (off > 0).mean() > 0.98
+
+
 @contextmanager
 def hog(cpu: int) -> Iterator[None]:
     """A process that takes all it can of one CPU."""

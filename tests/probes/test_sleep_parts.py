@@ -20,10 +20,10 @@ SOURCE = """
 
 unsigned long state_size(void) { return sizeof(struct sleep_state); }
 int call_of(long long syscall) { return sleep_call_of(syscall); }
-void begin(struct sleep_state *s, u64 enter, u64 armed, u64 deadline, u64 fires, u64 interval, int f)
+void begin(struct sleep_state *s, u64 enter, u64 armed, u64 deadline, u64 fires, u64 every, int f)
 {
 	*s = (struct sleep_state){ enter, armed, deadline, fires };
-	s->interval_ns = interval;
+	s->interval_ns = every;
 	s->from = f;
 }
 void woken(struct sleep_state *s, u64 now) { s->woken_ns = now; }
