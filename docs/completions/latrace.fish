@@ -43,7 +43,7 @@ complete -c latrace -n '__fish_seen_subcommand_from flame' -l format -x -a 'svg 
 complete -c latrace -n '__fish_seen_subcommand_from flame' -s f -l force -d 'Replace an output that exists.'
 complete -c latrace -n '__fish_seen_subcommand_from flame' -s q -l quiet -d 'Say nothing on the way but warnings.'
 complete -c latrace -n '__fish_seen_subcommand_from flame' -s h -l help -d 'Show the help.'
-complete -c latrace -n __fish_use_subcommand -a report -d 'Tell in words, as JSON or as a page, why the threads of a capture waited'
+complete -c latrace -n __fish_use_subcommand -a report -d 'Tell why the threads waited: in words, as JSON or as a page'
 complete -c latrace -n '__fish_seen_subcommand_from report' -s i -l input -x -a '(__fish_complete_directories)' -d 'The capture to read.'
 complete -c latrace -n '__fish_seen_subcommand_from report' -l since -x -d 'Only what ended from so long after the start on: 1m30s.'
 complete -c latrace -n '__fish_seen_subcommand_from report' -l until -x -d 'Only what ended before that time.'

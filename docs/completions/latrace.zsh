@@ -7,7 +7,7 @@ verbs=(
     'attach:Trace processes until Ctrl-C, a duration or their end'
     'run:Start a program and trace it from its first instruction'
     'flame:Draw where the threads waited, and for whom, as a flame graph'
-    'report:Tell in words, as JSON or as a page, why the threads of a capture waited'
+    'report:Tell why the threads waited\: in words, as JSON or as a page'
     'diff:Compare two captures, and tell which differences are noise'
     'doctor:Try what tracing needs, and say what to do where it fails'
     'demo:Trace a real victim and a real culprit, and explain what is seen'

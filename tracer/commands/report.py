@@ -62,7 +62,7 @@ def report(
     force: params.Force = False,
     quiet: params.Quiet = False,
 ) -> None:
-    """Tell in words, as JSON or as a page, why the threads of a capture waited.
+    """Tell why the threads waited: in words, as JSON or as a page.
 
     What the slow waits were spent on and who had the CPU meanwhile, how exact
     the figures are, and what tracing cost. Needs no root.
