@@ -104,12 +104,19 @@ def _claims(summary: Summary) -> Iterator[tuple[int, str]]:
     waits = summary["waits"]
     tail, causes = waits["tail"], waits["tail"]["by_cause_ns"]
     processes = [one for one in waits["culprit_processes"] if one["cause"] == "other"]
-    unnamed = tail["not_itemised_ns"]["other"] if processes else causes["other"]
-    foremost = ""
-    if processes:
-        yield from _others(processes, causes["other"] - unnamed)
-        foremost = f"; where it was, {_name(processes[0], 'pid')} had most"
-    yield unnamed, f"other processes had the CPU, which ones was not recorded{foremost}"
+    unnamed = tail["not_itemised_ns"]["other"]
+    named = causes["other"] - unnamed
+    if not processes:
+        yield causes["other"], "other processes had the CPU, which ones was not recorded"
+    elif named < unnamed:  # the one with most of what is known may not be the one with most
+        first = f"{_name(processes[0], 'pid')} with {percent(processes[0]['ns'], causes['other'])}"
+        known = (
+            f"which ones is known of {percent(named, causes['other'])} of that, foremost {first}"
+        )
+        yield causes["other"], f"other processes had the CPU; {known}"
+    else:
+        yield from _others(processes, named)
+        yield unnamed, "other processes had the CPU, which ones was not recorded"
     own = [one for one in waits["culprits"] if one["cause"] == "own"]
     text = "threads of its own process had the CPU"
     if own and own[0]["ns"] >= _SINGLE * causes["own"]:

@@ -142,8 +142,14 @@ def test_the_sentence_names_cause_culprit_and_function(summary: dict[str, Any]) 
         (
             {"other": 100 * MS},
             [culprit("other", 4 * MS)],
-            "for 96 % of it other processes had the CPU, which ones was not recorded; where it was,"
-            " batch (pid 990) had most.",
+            "for all of it other processes had the CPU; which ones is known of 4 % of that,"
+            " foremost batch (pid 990) with 4 %.",
+        ),
+        (
+            {"other": 100 * MS},
+            [culprit("other", 80 * MS)],
+            "for 80 % of it batch (pid 990) had the CPU; for 20 % other processes had the CPU,"
+            " which ones was not recorded.",
         ),
         (
             {"throttled": 95 * MS, "idle": 5 * MS},
