@@ -280,16 +280,18 @@ static inline void send_wait(struct thread_state *s, u64 task, u64 now, u64 wait
 		k->due_wait_ns = wait;
 }
 
-static inline void enter(u64 task, u64 now, struct cpu_clock *k)
+static inline void enter(u64 task, u64 now)
 {
 	struct thread_state *s = state_of(task);
 	struct cpu_state *c = this_cpu();
-	u64 wait, wakeup, *causes = k->due;
+	struct cpu_clock *k = clock_of(bpf_get_smp_processor_id());
+	u64 wait, wakeup, *causes;
 	int started;
 	u8 place;
 
-	if (!s || !c)
+	if (!s || !c || !k)
 		return;
+	causes = k->due;
 	if (s->wait.place == PLACE_WAITING && s->wait.start_ns > now)
 		c->discarded++;
 	place = s->wait.place;
@@ -337,40 +339,6 @@ static inline void enter(u64 task, u64 now, struct cpu_clock *k)
 	cause_unqueued(s);
 }
 
-/* The parts of lat_switch; see then_stay in kernel.h. */
-int lat_stay(u64 *ctx)
-{
-	struct cpu_clock *k = clock_of(bpf_get_smp_processor_id());
-
-	if (k)
-		remember_stay(ctx, k, ARG(ctx, 1), k->now_ns);
-	return 0;
-}
-
-int lat_leave(u64 *ctx)
-{
-	struct cpu_clock *k = clock_of(bpf_get_smp_processor_id());
-	u64 prev = ARG(ctx, 1);
-#ifdef HAVE_PREV_STATE
-	u32 state = ARG(ctx, 3);
-#else
-	u32 state = LD32(prev, OFF_TASK_STATE);
-#endif
-
-	if (k)
-		leave(prev, k->now_ns, (u8)ARG(ctx, 0) || !state, state & TASK_DEAD);
-	return 0;
-}
-
-int lat_enter(u64 *ctx)
-{
-	struct cpu_clock *k = clock_of(bpf_get_smp_processor_id());
-
-	if (k)
-		enter(ARG(ctx, 2), k->now_ns, k);
-	return 0;
-}
-
 int lat_switch(u64 *ctx)
 {
 	u64 prev = ARG(ctx, 1), next = ARG(ctx, 2), now;
@@ -383,17 +351,23 @@ int lat_switch(u64 *ctx)
 	gate = k->since_ns;
 	if (!out && !in && !gate)
 		return 0;
-	now = k->now_ns = bpf_ktime_get_ns();
+	now = bpf_ktime_get_ns();
 	if (gate) {
 		account(k, now, clock_of_thread(prev), prev, 0);
 		/* Of one short wait that ends here nobody will ask who made it. */
 		if (!in || k->waiting > 1 || now - k->opened_ns >= SLICED_NS)
-			then_stay(ctx);
+			remember_stay(ctx, k, prev, now);
 	}
-	if (out)
-		then_leave(ctx);
+	if (out) {
+#ifdef HAVE_PREV_STATE
+		u32 state = ARG(ctx, 3);
+#else
+		u32 state = LD32(prev, OFF_TASK_STATE);
+#endif
+		leave(prev, now, (u8)ARG(ctx, 0) || !state, state & TASK_DEAD);
+	}
 	if (in)
-		then_enter(ctx);
+		enter(next, now);
 	next_stay(k, next, now);
 	if (k->due_wait_ns)
 		then_slices(ctx);
