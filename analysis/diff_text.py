@@ -81,7 +81,15 @@ def _answer(comparison: Entry) -> Iterator[str]:
     if tail["a"] and tail["b"]:
         a, b = duration(tail["a"]["ns"]), duration(tail["b"]["ns"])
         if not tail["differs"]:
-            yield f"P99 of the waits: {a} in A, {b} in B. The difference is within noise."
+            others = [one for one in comparison["quantiles"] if one["differs"]]
+            told = ", ".join(
+                f"{_NAMES[one['name']]} is "
+                + _times(one["a"]["ns"], one["b"]["ns"], "", "").strip()
+                + (" longer" if one["b"]["ns"] > one["a"]["ns"] else " shorter")
+                for one in others
+            )
+            but = f", but {told}" if told else ""
+            yield f"P99 of the waits: {a} in A, {b} in B. The difference is within noise{but}."
         else:
             word = "longer" if tail["b"]["ns"] > tail["a"]["ns"] else "shorter"
             change = _times(tail["a"]["ns"], tail["b"]["ns"], "", "")

@@ -118,6 +118,17 @@ def test_a_neighbour_that_came(tmp_path: Path) -> None:
     assert "only in B" in text and "only in A" in text
 
 
+def test_a_change_of_the_common_case_alone_is_told_as_well(tmp_path: Path) -> None:
+    """P99 stays where it was, the short half doubles."""
+    before, after = waits(1), waits(2)
+    low = after["wait_ns"] < np.uint64(20_000)
+    for name in ("wait_ns", "idle_ns", "other_ns"):
+        after[name] = np.where(low, after[name] * np.uint64(2), after[name])
+    found = compare(capture(tmp_path / "a", before), capture(tmp_path / "b", after))
+    told = " ".join(render_diff(found).split())
+    assert "The difference is within noise, but P50 is 87 % longer" in told
+
+
 def test_a_capture_without_waits(tmp_path: Path) -> None:
     full, empty = waits(1), {name: column[:0] for name, column in waits(1).items()}
     a = capture(tmp_path / "a", full)
