@@ -226,7 +226,7 @@ def _kernels_result(said: Call) -> int:
 
 
 def test_on_an_idle_cpu(sleeps: Path, tmp_path: Path) -> None:
-    slept = sleep([sleeps, "20", "p"], tmp_path / "c")
+    slept = sleep([sleeps, "10", "p"], tmp_path / "c")
     check(slept)
     assert {row["call"] for _, row in slept.calls if row} == {said.call for said, _ in slept.calls}
 
@@ -260,7 +260,7 @@ def hog(cpu: int) -> Iterator[None]:
 def test_beside_a_hog(sleeps: Path, tmp_path: Path) -> None:
     """As SCHED_BATCH it does not preempt the hog: the overshoot is run queue."""
     with hog(0):
-        slept = sleep([sleeps, "10", "pb"], tmp_path / "c")
+        slept = sleep([sleeps, "6", "pb"], tmp_path / "c")
     check(slept)
     rows = [row for _, row in slept.calls if row and row["overshoot_ns"]]
     slow = [row for row in rows if row["overshoot_ns"] > 1_000_000]
