@@ -29,9 +29,10 @@ def oncpu(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def hog() -> Iterator[int]:
     """Someone else who computes: no target."""
-    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as process:
-        yield process.pid
-        process.kill()
+    process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    yield process.pid
+    process.kill()
+    process.wait()
 
 
 def stacks(traced: Traced) -> list[list[str]]:
@@ -128,15 +129,18 @@ def test_nothing_is_left(
 ) -> None:
     """The clocks end with the trace: no descriptor, no program."""
     before = bpf_objects()
-    with subprocess.Popen([oncpu, "60000"], stdin=subprocess.PIPE) as process:
+    output = tmp_path / "c"
+    process = subprocess.Popen([oncpu, "60000"], stdin=subprocess.PIPE, bufsize=0)
+    try:
         assert process.stdin
         process.stdin.write(b"x")
-        process.stdin.flush()
+        process.stdin.close()
         options = Options(pids=(process.pid,), duration_s=0.4)
-        output = tmp_path / "c"
         with Tracer(options, lambda: create_output_dir(output, force=False), command=[]) as tracer:
             tracer.run(stop=threading.Event())
+    finally:
         process.kill()
+        process.wait()
     assert latrace.open(output).samples.num_rows > 5
     held = [path.readlink() for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
     assert not [link for link in held if "perf_event" in str(link)]
