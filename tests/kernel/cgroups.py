@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import os
 import tempfile
 import time
@@ -132,9 +133,12 @@ def _v2_root() -> Path | None:
 def cpu_groups() -> Iterator[Groups]:
     """Groups in the hierarchy that has the `cpu` controller; in a mount of ours if there is none.
 
-    The mount table has to be a private one, as that of the tests is (tests/conftest.py).
+    One test run at a time has them: two would be as heavy as each other. The mount table has to be
+    a private one, as that of the tests is (tests/conftest.py).
     """
     with contextlib.ExitStack() as undo:
+        lock = Path(tempfile.gettempdir()) / "latrace-cpu-groups.lock"
+        fcntl.flock(undo.enter_context(lock.open("w")), fcntl.LOCK_EX)
         if (root := _v1_root()) is not None:
             groups = Groups(root, v2=False)
         elif (root := _v2_root()) is not None:

@@ -147,22 +147,34 @@ def _check_slices(capture: Capture) -> None:
     same = (wait_row[order][1:] == wait_row[order][:-1]) & (cpu[order][1:] == cpu[order][:-1])
     assert (start[order][1:] >= (start + dur)[order][:-1])[same].all(), "slices overlap"
 
-    # All slices of a wait are its parts.
+    _check_sums(capture, wait_row)
+
+
+def _check_sums(capture: Capture, wait_row: np.ndarray[Any, Any]) -> None:
+    """All slices of a wait are its parts; `wait_row`: the wait of each slice, -1 not known."""
+    slices, waits, quality = capture.slices, capture.waits, capture.manifest["quality"]
+    found, dur, cause = wait_row >= 0, ints(slices, "dur_ns"), names(slices, "cause")
+    stays = np.flatnonzero(found & (ints(slices, "tid") >= 0))
+    # What a CPU did before the thread was queued there (wakeup_ns) is a guess, and so is what it
+    # did around a switch that no event was fired for.
     if quality["lost_slices"]:
         return
     stays_of = np.bincount(wait_row[stays], minlength=waits.num_rows)
     whole = (ints(waits, "wait_ns") >= SLICED_FROM_NS) & (stays_of < MOST_SLICES)
+    guessed = ints(waits, "wakeup_ns") + 10_000
+    differ = np.zeros(waits.num_rows, bool)
     for one in SLICED:
         mine = found & (cause == one)
         itemised = np.zeros(waits.num_rows, np.int64)
         np.add.at(itemised, wait_row[mine], dur[mine])
         part = ints(waits, f"{one}_ns")
-        off = whole & (itemised != part)
-        example = np.flatnonzero(off)[:3]
-        assert not off.any(), (
-            f"{off.sum()} of {whole.sum()} waits: {one} slices are not the part: "
-            f"{[(int(itemised[i]), int(part[i]), waits.slice(i, 1).to_pylist()) for i in example]}"
-        )
+        differ |= whole & (itemised != part)
+        wrong = np.flatnonzero(whole & (np.abs(itemised - part) > guessed))
+        examples = [
+            f"{itemised[i]} of {part[i]} ns in {waits.slice(i, 1).to_pylist()}" for i in wrong[:3]
+        ]
+        assert not examples, f"{one} slices of {len(wrong)} of {whole.sum()} waits: {examples}"
+    assert differ.sum() <= 0.02 * whole.sum() + 1
 
 
 def wait_keys(capture: Capture) -> list[tuple[int, int]]:

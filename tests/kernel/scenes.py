@@ -7,10 +7,8 @@ a second witness (timeline.py) records what that CPU did.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import signal
 import subprocess
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -118,14 +116,6 @@ def kernel_threads() -> frozenset[int]:
             if flags & PF_KTHREAD:
                 found.add(int(stat.parent.name))
     return frozenset(found)
-
-
-@contextlib.contextmanager
-def alone() -> Iterator[None]:
-    """Have no scene of another test run meanwhile: both would be as heavy."""
-    with (Path(tempfile.gettempdir()) / "latrace-scenes.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 @dataclass(frozen=True, slots=True)

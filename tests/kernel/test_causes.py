@@ -6,6 +6,8 @@ Each scene is seen by a second witness as well (timeline.py), and by the program
 from __future__ import annotations
 
 import os
+import signal
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,7 +17,7 @@ import pyarrow as pa
 import pytest
 from cgroups import cpu_groups
 from invariants import ints, names, parts
-from scenes import CPU, Scene, Stage, alone
+from scenes import CPU, Scene, Stage
 from tracing import build
 
 pytestmark = pytest.mark.kernel
@@ -28,7 +30,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def stage(program: Path, tmp_path: Path) -> Iterator[Stage]:
-    with alone(), cpu_groups() as groups:
+    with cpu_groups() as groups:
         yield Stage(program, groups, tmp_path / "c")
 
 
@@ -111,6 +113,39 @@ def test_two_hogs_have_their_shares(stage: Stage) -> None:
     seen = [scene.ran_while_waiting(pid) for pid in (strong.pid, weak.pid)]
     assert share == pytest.approx(seen[0] / sum(seen), abs=0.005)
     assert set(ints(scene.slices_of(weak.pid), "prio").tolist()) == {125}
+
+
+def test_a_waiting_thread_is_followed(stage: Stage) -> None:
+    """A hog on each of two CPUs, and a victim that is moved between them while it waits."""
+    if (os.cpu_count() or 1) < 2:
+        pytest.skip("needs a second CPU to move to")
+
+    hogs: list[int] = []
+
+    def move(pid: int) -> None:
+        # Not before the tracer is ready: with a hog on every CPU of the host it hardly would be.
+        with ExitStack() as around:
+            for cpu in range(2):
+                group = stage.groups.make(f"cpu{cpu}")
+                hog = stage.neighbour("hog", f"hog-{cpu}", cpu=cpu, group=group)
+                hogs.append(around.enter_context(hog).pid)
+            for turn in range(400):
+                os.sched_setaffinity(pid, {turn % 2})
+                time.sleep(0.003)
+            os.kill(pid, signal.SIGTERM)
+
+    scene = stage.play("spin", 0, group=stage.groups.make("victim"), meanwhile=move)
+    waits, facts = scene.waits, scene.traced.facts
+    total = waited(waits)
+    assert total == pytest.approx(facts["wall_ns"] - facts["cpu_ns"], rel=0.02)
+    moved = ints(waits, "migrations") > 0
+    assert moved.sum() > 50
+    assert ints(waits, "wait_ns")[moved].sum() > 0.2 * total
+    assert parts(waits)["other"] >= 0.95 * total
+    assert itemised(scene, *hogs) >= 0.9 * total
+    for cpu, hog in enumerate(hogs):
+        assert set(ints(scene.slices_of(hog), "cpu").tolist()) == {cpu}
+        assert itemised(scene, hog) > 0.2 * total
 
 
 def test_own_threads(stage: Stage) -> None:

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pytest
 from cgroups import cpu_groups
 from invariants import MOST_SLICES, ints
-from scenes import Stage, alone
+from scenes import Stage
 from tracing import build
 
 pytestmark = pytest.mark.kernel
@@ -33,7 +33,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def stage(program: Path, tmp_path: Path) -> Iterator[Stage]:
-    with alone(), cpu_groups() as groups:
+    with cpu_groups() as groups:
         yield Stage(program, groups, tmp_path / "c")
 
 

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 from cgroups import Group, cpu_groups
 from invariants import ints, names, parts
-from scenes import Scene, Stage, alone
+from scenes import Scene, Stage
 from tracing import build
 
 pytestmark = pytest.mark.kernel
@@ -25,7 +25,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def stage(program: Path, tmp_path: Path) -> Iterator[Stage]:
-    with alone(), cpu_groups() as groups:
+    with cpu_groups() as groups:
         yield Stage(program, groups, tmp_path / "c")
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from invariants import check_causes
 from tracing import Traced, trace
 
 import latrace
@@ -35,6 +36,7 @@ def column(capture: Capture, table: str, name: str) -> np.ndarray[Any, Any]:
 
 def check_invariants(traced: Traced) -> None:
     """What holds for every capture."""
+    check_causes(traced.capture)
     capture, quality = traced.capture, traced.quality
     assert capture.complete
     of_waits = column(capture, "hist", "metric") == "wait"
