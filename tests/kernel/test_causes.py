@@ -121,6 +121,7 @@ def test_a_waiting_thread_is_followed(stage: Stage) -> None:
         pytest.skip("needs a second CPU to move to")
 
     hogs: list[int] = []
+    stage.groups.top.weigh(4096)  # on every CPU of the host: the mover has to run as well
 
     def move(pid: int) -> None:
         # Not before the tracer is ready: with a hog on every CPU of the host it hardly would be.
@@ -129,7 +130,7 @@ def test_a_waiting_thread_is_followed(stage: Stage) -> None:
                 group = stage.groups.make(f"cpu{cpu}")
                 hog = stage.neighbour("hog", f"hog-{cpu}", cpu=cpu, group=group)
                 hogs.append(around.enter_context(hog).pid)
-            for turn in range(400):
+            for turn in range(200):
                 os.sched_setaffinity(pid, {turn % 2})
                 time.sleep(0.003)
             os.kill(pid, signal.SIGTERM)
@@ -142,7 +143,7 @@ def test_a_waiting_thread_is_followed(stage: Stage) -> None:
     assert moved.sum() > 50
     assert ints(waits, "wait_ns")[moved].sum() > 0.2 * total
     assert parts(waits)["other"] >= 0.95 * total
-    assert itemised(scene, *hogs) >= 0.9 * total
+    assert itemised(scene, *hogs) >= 0.7 * total  # the rest: what else runs on this host
     for cpu, hog in enumerate(hogs):
         assert set(ints(scene.slices_of(hog), "cpu").tolist()) == {cpu}
         assert itemised(scene, hog) > 0.2 * total
