@@ -67,11 +67,12 @@ def test_time_on_the_cpu_by_function(oncpu: Path, hog: int, tmp_path: Path) -> N
     assert {row["tgid"] for row in rows} == {traced.pid}
     assert hog not in {row["tid"] for row in rows}
     found = weights(traced)
+    # The thread's own clock leaves out interrupts and stolen time; ours is that of the CPU.
+    assert 0.97 * 3e9 < sum(found.values()) < 1.08 * 3e9
     # A sample every ms of 3 s: a share of three quarters is known to about 1 %.
-    long_ns, short_ns = (1e6 * traced.facts[f"{name}_ms"] for name in ("long", "short"))
-    assert sum(found.values()) == pytest.approx(3e9, rel=0.04)
-    assert found["spin_long"] == pytest.approx(long_ns, rel=0.05)
-    assert found["spin_short"] == pytest.approx(short_ns, rel=0.08)
+    long_ms, short_ms = traced.facts["long_ms"], traced.facts["short_ms"]
+    share = found["spin_long"] / (found["spin_long"] + found["spin_short"])
+    assert share == pytest.approx(long_ms / (long_ms + short_ms), abs=0.03)
     # The other thread sleeps: it is on the CPU for some microseconds in five milliseconds.
     asleep = [row for row in rows if row["tid"] == int(traced.facts["sleeper"])]
     assert len(asleep) < 0.03 * len(rows)
@@ -90,13 +91,13 @@ def test_frames_begin_where_the_clock_interrupted(oncpu: Path, tmp_path: Path) -
 def test_too_many_samples_for_the_budget(oncpu: Path, tmp_path: Path) -> None:
     """The clock slows down; each sample stands for its own period, so the sum still holds."""
     traced = trace(
-        [oncpu, "6000"],
+        [oncpu, "3000"],
         tmp_path / "c",
         make_options=lambda pid: Options(pids=(pid,), cpu_samples_hz=400, stack_budget_per_s=100),
     )
     rows = traced.capture.samples.to_pylist()
-    assert traced.quality["samples_lowest_hz"] <= 50
-    assert len({row["weight_ns"] for row in rows}) >= 4
+    assert traced.quality["samples_lowest_hz"] <= 100
+    assert len({row["weight_ns"] for row in rows}) >= 3
     used_ns = 1e6 * (traced.facts["long_ms"] + traced.facts["short_ms"])
     assert sum(row["weight_ns"] for row in rows) == pytest.approx(used_ns, rel=0.1)
 
