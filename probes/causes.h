@@ -38,11 +38,15 @@ struct cpu_clock {
 	u64 opened_ns;			/* the clocks run since */
 	u64 stays;			/* remembered so far */
 	u64 culprit_acc_ns;		/* see sample.h */
+	u64 now_ns;			/* of the switch under way */
+	u64 cfs_rq, group;		/* of then_throttled() */
+	u64 elsewhere_ns;		/* of then_elsewhere() */
 	u64 due_wait_ns, due[CAUSES];	/* the wait that ended just now, for lat_slices */
 	/* What programs on this CPU work with, interrupts off: on the stack of a program the verifier
 	 * would follow every value. */
 	struct clocks had;
-	u64 pad[5];			/* no two CPUs share a cache line */
+	struct walk { u64 run_ns, from_ns, until_ns, irq_ns, softirq_ns; } walk;
+	u64 pad[4];			/* no two CPUs share a cache line */
 };
 
 /* One process on one CPU: how long its threads ran there. Of those that share a hash, the one
@@ -56,7 +60,7 @@ struct stay {
 	u64 cgroup, stack_key, weight_ns;
 	char comm[COMM_BYTES];
 	s16 prio;
-	u8 policy, clock, vector, pad[3];
+	u8 policy, cause, vector, pad[3];	/* cause: CAUSE_OTHER for all of user threads */
 };
 
 BYTES_OF(cpu_clock);
@@ -302,88 +306,35 @@ static inline u64 throttled_clock(u64 cfs_rq)
 
 	return total + (since && clock > since ? clock - since : 0);
 }
-
-/* The group whose quota is used up: the thread's own or the nearest above it. */
-static inline u64 throttling_group(u64 cfs_rq)
-{
-	u64 group = LD64(cfs_rq, OFF_CFS_RQ_TG), parent;
-	u32 cpu, depth;
-
-	LOOP (depth = 0; depth < 16 && group; depth++) {
-		u64 queues = LD64(group, OFF_TG_CFS_RQ), queue = 0;
-
-		if (read_kernel(&queue, 8, queues + 8 * (u64)bpf_get_smp_processor_id()))
-			return 0;
-		if (queue && read_kernel(&cpu, 4, queue + OFF_CFS_RQ_THROTTLED) == 0 && cpu & 1) {
-			u64 cgroup = LD64(group, OFF_TG_CGROUP);
-
-			return cgroup ? LD64(LD64(cgroup, OFF_CGROUP_KN), OFF_KN_ID) : 0;
-		}
-		parent = LD64(group, OFF_TG_PARENT);
-		group = parent;
-	}
-	return 0;
-}
 #endif
 
 /* Its group has used up its quota: since 6.18 the kernel then takes each thread off the queue
  * (throttle_cfs_rq_work(), enqueue_throttled_task()), and `throttled` says so. */
-static inline void cause_throttled(struct thread_state *s, u64 task)
+static inline void cause_throttled(void *ctx, struct thread_state *s, u64 task)
 {
 	s->throttled = 0;
 #ifdef OFF_TASK_THROTTLED
-	if (LD8(task, OFF_TASK_THROTTLED)) {
+	s->throttled = LD8(task, OFF_TASK_THROTTLED);
+	if (s->throttled) {
+		struct cpu_clock *k = clock_of(bpf_get_smp_processor_id());
 		u64 cfs_rq = LD64(task, OFF_SE_CFS_RQ);
 
-		s->throttled = 1;
 		s->throttled_clock = throttled_clock(cfs_rq);
-		s->throttled_by = throttling_group(cfs_rq);
+		if (!k)
+			return;
+		k->cfs_rq = cfs_rq;
+		then_throttled(ctx);
+		s->throttled_by = k->group;
 	}
 #endif
 }
 
-/* The last `queued` ns of a wait, by cause: what the CPU did after the quota came back. From the
- * stays remembered, newest first. */
-static inline void causes_of_stays(u64 *causes, u32 cpu, u32 tgid, u64 now, u64 queued)
-{
-	struct cpu_clock *k = clock_of(cpu);
-	u64 from = now - queued, until = now;
-	u32 i;
-
-	if (!k)
-		return;
-	LOOP (i = 1; i <= STAYS; i++) {
-		u32 at = cpu * STAYS + (k->stays - i) % STAYS;
-		struct stay *y = (struct stay *)lat_stays.lookup(&at);
-		u64 ns, irq, softirq;
-
-		if (!y || i > k->stays || y->end_ns <= from || y->end_ns > until)
-			break;
-		until = y->start_ns > from ? y->start_ns : from;
-		ns = y->end_ns - until;
-		irq = y->irq_ns < ns ? y->irq_ns : ns;
-		softirq = y->softirq_ns < ns - irq ? y->softirq_ns : ns - irq;
-		causes[CAUSE_IRQ] += irq;
-		causes[CAUSE_SOFTIRQ] += softirq;
-		ns -= irq + softirq;
-		if (y->clock == CLOCK_IDLE)
-			causes[CAUSE_IDLE] += ns;
-		else if (y->clock == CLOCK_KTHREAD)
-			causes[CAUSE_KTHREAD] += ns;
-		else if (y->tgid == tgid)
-			causes[CAUSE_OWN] += ns;
-		else
-			causes[CAUSE_OTHER] += ns;
-		if (y->start_ns <= from)
-			break;
-	}
-}
-
 /* The wait that ends now, taken apart: causes[] in ns, summing to `wait`. */
-static inline void causes_of_wait(struct thread_state *s, u64 task, u64 now, u64 wait, u64 *causes)
+static inline void causes_of_wait(void *ctx, struct cpu_clock *k, struct thread_state *s, u64 task,
+				  u64 now, u64 wait)
 {
 	struct clocks *had = 0;
-	u64 sum, below, total;
+	u64 *causes = k->due, sum, below, total;
 	u32 i;
 
 #pragma unroll
@@ -399,10 +350,10 @@ static inline void causes_of_wait(struct thread_state *s, u64 task, u64 now, u64
 	if (s->throttled) {
 		u64 ns = throttled_clock(LD64(task, OFF_SE_CFS_RQ)) - s->throttled_clock;
 
-		if (ns > wait)
-			ns = wait;
-		causes_of_stays(causes, s->queue_cpu - 1, LD32(task, OFF_TASK_TGID), now, wait - ns);
+		ns = min_ns(ns, wait);
 		causes[CAUSE_THROTTLED] = ns;
+		k->walk.from_ns = now - (wait - ns);
+		then_after_quota(ctx);
 	} else
 #endif
 	{
@@ -418,21 +369,16 @@ static inline void causes_of_wait(struct thread_state *s, u64 task, u64 now, u64
 	sum = below = 0;
 #pragma unroll
 	for (i = 0; i < CAUSE_UNKNOWN; i++) {
-		if ((s64)causes[i] < 0) {
-			below -= causes[i];
-			causes[i] = 0;
-		}
+		below -= causes[i] & negative(causes[i]);
+		causes[i] &= ~negative(causes[i]);
 		sum += causes[i];
 	}
-	total = sum > below ? sum - below : 0;
-	if (total < wait)
-		causes[CAUSE_UNKNOWN] = wait - total;
-	else
-		total = wait;
+	total = min_ns(max_ns(sum - below, 0), wait);
+	causes[CAUSE_UNKNOWN] = wait - total;
 	sum -= total;
 #pragma unroll
 	for (i = 0; i < CAUSE_UNKNOWN; i++) {
-		u64 cut = causes[i] < sum ? causes[i] : sum;
+		u64 cut = min_ns(causes[i], sum);
 
 		causes[i] -= cut;
 		sum -= cut;
@@ -446,7 +392,7 @@ static inline void remember_stay(void *ctx, struct cpu_clock *k, u64 task, u64 n
 	struct stay *y = (struct stay *)lat_stays.lookup(&at);
 	struct cpu_state *c = this_cpu();
 	struct control *o = control();
-	u64 group;
+	u64 group, clock;
 
 	if (!y || !c || !o)
 		return;
@@ -457,10 +403,13 @@ static inline void remember_stay(void *ctx, struct cpu_clock *k, u64 task, u64 n
 	y->vector = k->stay_vector;
 	y->tid = LD32(task, OFF_TASK_PID);
 	y->tgid = LD32(task, OFF_TASK_TGID);
-	y->clock = clock_of_thread(task);
+	clock = clock_of_thread(task);
+	y->cause = clock == CLOCK_IDLE	  ? CAUSE_IDLE :
+		   clock == CLOCK_KTHREAD ? CAUSE_KTHREAD :
+					    CAUSE_OTHER;
 	y->stack_key = y->weight_ns = 0;
 	k->stays++;
-	if (y->clock == CLOCK_IDLE)
+	if (clock == CLOCK_IDLE)
 		return;
 	copy_comm(y->comm, task);
 	y->policy = LD32(task, OFF_TASK_POLICY);
@@ -477,7 +426,7 @@ static inline void remember_stay(void *ctx, struct cpu_clock *k, u64 task, u64 n
 		u64 key = CULPRIT_KEYS | new_key(c);
 
 		take_token(o);
-		if (send_stack(ctx, c, key, task, y->clock == CLOCK_USER, SCRATCH_CULPRIT))
+		if (send_stack(ctx, c, key, task, clock == CLOCK_USER, SCRATCH_CULPRIT))
 			y->stack_key = key;
 		else
 			c->lost_stacks++;
@@ -500,36 +449,4 @@ static inline void next_stay(struct cpu_clock *k, u64 next, u64 now)
 		if (__sync_fetch_and_add(&k->waiting, 0) > 0)
 			k->since_ns = now;
 	}
-}
-
-#define CPUS_LOOKED_AT 128
-
-/* For how much of a wait that ends now another CPU that the thread may use has been idle: of those
- * idle now, the one longest so. A CPU that was idle earlier and has work now is not seen. In ns. */
-static inline u64 idle_elsewhere(u64 task, u64 wait)
-{
-	u64 idle_ns = 0;
-#if defined(OFF_TASK_GROUP) && defined(OFF_RQ_CLOCK_IDLE)
-	u64 queues = LD64(LD64(task, OFF_TASK_GROUP), OFF_TG_CFS_RQ), mask = LD64(task, OFF_TASK_CPUS);
-	u64 now = LD64(LD64(LD64(task, OFF_SE_CFS_RQ), OFF_CFS_RQ_RQ), OFF_RQ_CLOCK), allowed = 0;
-	u32 cpu, here = bpf_get_smp_processor_id();
-
-	LOOP (cpu = 0; cpu < (NCPU < CPUS_LOOKED_AT ? NCPU : CPUS_LOOKED_AT); cpu++) {
-		u64 rq = 0, current = 0, idle = 1, since = 0;
-
-		if (cpu % 64 == 0 && read_kernel(&allowed, 8, mask + cpu / 8))
-			return 0;
-		if (cpu == here || !(allowed >> cpu % 64 & 1))
-			continue;
-		if (read_kernel(&rq, 8, queues + 8 * (u64)cpu) ||
-		    read_kernel(&rq, 8, rq + OFF_CFS_RQ_RQ) ||
-		    read_kernel(&current, 8, rq + OFF_RQ_CURR) ||
-		    read_kernel(&idle, 8, rq + OFF_RQ_IDLE) || current != idle ||
-		    read_kernel(&since, 8, rq + OFF_RQ_CLOCK_IDLE) || since >= now)
-			continue;
-		if (now - since > idle_ns)
-			idle_ns = now - since;
-	}
-#endif
-	return idle_ns < wait ? idle_ns : wait;
 }

@@ -15,6 +15,24 @@
 #define LD8(p, off) \
 	({ u64 v_; asm volatile("%0 = *(u8 *)(%1 + %2)" : "=r"(v_) : "r"(p), "i"(off)); v_; })
 
+/* All ones where a signed number is below 0, else 0; and the smaller and the larger of two times
+ * below 2^63. Without a jump: the verifier follows each way of each jump, to the end. */
+static inline u64 negative(u64 v)
+{
+	asm volatile("%0 s>>= 63" : "+r"(v));
+	return v;
+}
+
+static inline u64 min_ns(u64 a, u64 b)
+{
+	return b + ((a - b) & negative(a - b));
+}
+
+static inline u64 max_ns(u64 a, u64 b)
+{
+	return a - ((a - b) & negative(a - b));
+}
+
 /* Bounded loops stay loops: unrolled, they take clang longer than all the rest. */
 #define LOOP _Pragma("clang loop unroll(disable)") for
 
@@ -27,9 +45,17 @@ static long (*read_kernel)(void *dst, u32 size, u64 addr) = (void *)113;
 static long (*read_user)(void *dst, u32 size, u64 addr) = (void *)112;
 static long (*get_stack_of)(void *ctx, void *buf, u32 size, u64 flags) = (void *)67;
 
-/* Not a helper: a call of lat_slices, a function of its own that is put behind lat_switch when both
- * are compiled (tracer/compiled.py); bcc itself would make one of them. */
-static int (*then_slices)(void *ctx) = (void *)0x7fffffff;
+/* Not helpers: parts of programs as functions of their own, which are put behind them when all are
+ * compiled (tracer/compiled.py); bcc itself makes one function of everything. So the verifier
+ * follows each part for itself, not for every way through those before it. They find what they
+ * need in the maps. */
+static int (*then_stay)(void *ctx) = (void *)0x7fffff00;
+static int (*then_leave)(void *ctx) = (void *)0x7fffff01;
+static int (*then_enter)(void *ctx) = (void *)0x7fffff02;
+static int (*then_slices)(void *ctx) = (void *)0x7fffff03;
+static int (*then_throttled)(void *ctx) = (void *)0x7fffff04;
+static int (*then_after_quota)(void *ctx) = (void *)0x7fffff05;
+static int (*then_elsewhere)(void *ctx) = (void *)0x7fffff06;
 
 #define TASK_DEAD 0x80		/* include/linux/sched.h */
 #define PF_KTHREAD 0x00200000

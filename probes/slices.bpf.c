@@ -1,7 +1,6 @@
 /* SPDX-License-Identifier: MIT OR GPL-2.0-only */
 /* Who held up the wait that ended just now: everything that ran on its CPU meanwhile, as slices.
- * lat_switch calls this for waits that have a row and are long enough. It is a function of its own
- * (see then_slices): as a part of lat_switch the verifier would follow it once for each way there.
+ * A part of lat_switch, for waits that have a row and are long enough.
  */
 
 static inline struct slice_record *new_slice(struct cpu_state *c, u64 task, u64 run_ns, u32 cpu,
@@ -27,47 +26,85 @@ static inline struct slice_record *new_slice(struct cpu_state *c, u64 task, u64 
 	return r;
 }
 
-/* What ran on a CPU in a stretch of a wait, newest first. `irq` and `softirq`: how much of each
- * there was; a stay that began before the stretch has the rest of it. */
-static inline void send_stays(struct cpu_state *c, u64 task, u64 run_ns, u32 cpu, u64 from, u64 until,
-			      u64 *irq, u64 *softirq, u8 *vector)
+static inline void send_interrupts(struct cpu_state *c, u64 task, u64 run_ns, u8 cause, u64 start,
+				   u64 ns, u8 vector)
 {
-	struct cpu_clock *k = clock_of(cpu);
-	u64 tgid = LD32(task, OFF_TASK_TGID);
-	u32 i;
+	struct slice_record *r;
 
-	if (!k)
+	if (!ns)
 		return;
-	LOOP (i = 1; i <= STAYS; i++) {
-		u32 at = cpu * STAYS + (k->stays - i) % STAYS;
+	r = new_slice(c, task, run_ns, bpf_get_smp_processor_id(), cause);
+	if (!r)
+		return;
+	r->start_ns = start;
+	r->dur_ns = ns;
+	r->vector = vector;
+	lat_ring.ringbuf_submit(r, BPF_RB_NO_WAKEUP);
+}
+
+/* The stays of the wait, newest first: on this CPU since the thread came to its queue, then on the
+ * one that it came from. Interrupts are taken off as far as the wait had them: a stay that began
+ * before the wait has others as well. What it works with lies in the maps, for the verifier. */
+int lat_slices(u64 *ctx)
+{
+	u32 cpu = bpf_get_smp_processor_id(), i;
+	u64 task = ARG(ctx, 2), tgid = LD32(task, OFF_TASK_TGID), start, newest;
+	struct cpu_clock *k = clock_of(cpu);
+	struct cpu_state *c = this_cpu();
+	struct thread_state *s;
+	struct walk *w;
+	u8 vector = 0;
+
+	s = lat_tasks.task_storage_get((void *)task, 0, 0);
+	if (!s || !k || !c)
+		return 0;
+	w = &k->walk;
+	start = k->stay_ns - k->due_wait_ns + k->due[CAUSE_THROTTLED];
+	k->due_wait_ns = 0;
+	w->run_ns = w->until_ns = k->stay_ns;
+	w->irq_ns = k->due[CAUSE_IRQ];
+	w->softirq_ns = k->due[CAUSE_SOFTIRQ];
+	w->from_ns = max_ns(s->here_ns, start);
+	newest = k->stays;
+	LOOP (i = 0; i < STAYS; i++) {
+		u32 at = cpu * STAYS + --newest % STAYS;
 		struct stay *y = (struct stay *)lat_stays.lookup(&at);
 		struct slice_record *r;
-		u64 start, end, cut, other;
-		u8 cause;
+		u64 cut, softirq, first, ns;
 
-		if (!y || i > k->stays || y->end_ns <= from)
+		if (!y)
 			break;
-		if (y->start_ns >= until)
+		if (y->end_ns <= w->from_ns) {
+			if (s->moves != 1 || w->from_ns == start)
+				break;
+			cpu = s->moved_from;
+			k = clock_of(cpu);
+			if (!k)
+				break;
+			newest = k->stays;
+			w->until_ns = s->here_ns;
+			w->from_ns = start;
 			continue;
-		start = y->start_ns > from ? y->start_ns : from;
-		end = y->end_ns < until ? y->end_ns : until;
-		cut = y->irq_ns < *irq ? y->irq_ns : *irq;
-		other = y->softirq_ns < *softirq ? y->softirq_ns : *softirq;
-		*irq -= cut;
-		*softirq -= other;
-		if (other)
-			*vector = y->vector;
-		cut += other;
-		if (y->clock == CLOCK_IDLE || end - start <= cut)
+		}
+		first = max_ns(y->start_ns, w->from_ns);
+		ns = min_ns(y->end_ns, w->until_ns) - first;
+		if ((s64)ns <= 0)
 			continue;
-		cause = y->clock == CLOCK_KTHREAD ? CAUSE_KTHREAD :
-			y->tgid == tgid		  ? CAUSE_OWN :
-						    CAUSE_OTHER;
-		r = new_slice(c, task, run_ns, cpu, cause);
+		cut = min_ns(y->irq_ns, w->irq_ns);
+		softirq = min_ns(y->softirq_ns, w->softirq_ns);
+		w->irq_ns -= cut;
+		w->softirq_ns -= softirq;
+		if (softirq)
+			vector = y->vector;
+		cut += softirq;
+		if (y->cause == CAUSE_IDLE || ns <= cut)
+			continue;
+		r = new_slice(c, task, w->run_ns, cpu, y->cause);
 		if (!r)
 			break;
-		r->start_ns = start;
-		r->dur_ns = end - start - cut;
+		r->cause -= y->cause == CAUSE_OTHER && y->tgid == tgid;	/* CAUSE_OWN */
+		r->start_ns = first;
+		r->dur_ns = ns - cut;
 		r->tid = y->tid;
 		r->tgid = y->tgid;
 		*(u64 *)r->comm = *(u64 *)y->comm;
@@ -77,45 +114,14 @@ static inline void send_stays(struct cpu_state *c, u64 task, u64 run_ns, u32 cpu
 		r->cgroup = y->cgroup;
 		r->stack_key = y->stack_key;
 		r->weight_ns = y->weight_ns;
-		/* A stack is given to the first wait that asks: it stands for that stay once. */
+		/* The first wait that asks has the stack: it stands for that stay once. */
 		y->stack_key = y->weight_ns = 0;
 		lat_ring.ringbuf_submit(r, BPF_RB_NO_WAKEUP);
 	}
-}
-
-int lat_slices(u64 *ctx)
-{
-	u32 cpu = bpf_get_smp_processor_id();
-	u64 task = ARG(ctx, 2), run_ns, start, irq, softirq;
-	struct cpu_clock *k = clock_of(cpu);
-	struct cpu_state *c = this_cpu();
-	struct thread_state *s;
-	struct slice_record *r;
-	u8 vector = 0;
-
-	s = lat_tasks.task_storage_get((void *)task, 0, 0);
-	if (!s || !k || !c)
+	k = clock_of(bpf_get_smp_processor_id());
+	if (!k)
 		return 0;
-	run_ns = k->stay_ns;
-	irq = k->due[CAUSE_IRQ];
-	softirq = k->due[CAUSE_SOFTIRQ];
-	start = run_ns - k->due_wait_ns + k->due[CAUSE_THROTTLED];
-	k->due_wait_ns = 0;
-	send_stays(c, task, run_ns, cpu, s->here_ns > start ? s->here_ns : start, run_ns, &irq,
-		   &softirq, &vector);
-	if (s->moves == 1)
-		send_stays(c, task, run_ns, s->moved_from, start, s->here_ns, &irq, &softirq,
-			   &vector);
-	if (k->due[CAUSE_IRQ] && (r = new_slice(c, task, run_ns, cpu, CAUSE_IRQ))) {
-		r->start_ns = start;
-		r->dur_ns = k->due[CAUSE_IRQ];
-		lat_ring.ringbuf_submit(r, BPF_RB_NO_WAKEUP);
-	}
-	if (k->due[CAUSE_SOFTIRQ] && (r = new_slice(c, task, run_ns, cpu, CAUSE_SOFTIRQ))) {
-		r->start_ns = start;
-		r->dur_ns = k->due[CAUSE_SOFTIRQ];
-		r->vector = vector;
-		lat_ring.ringbuf_submit(r, BPF_RB_NO_WAKEUP);
-	}
+	send_interrupts(c, task, w->run_ns, CAUSE_IRQ, start, k->due[CAUSE_IRQ], 0);
+	send_interrupts(c, task, w->run_ns, CAUSE_SOFTIRQ, start, k->due[CAUSE_SOFTIRQ], vector);
 	return 0;
 }

@@ -125,7 +125,7 @@ int lat_wakeup(u64 *ctx)
 	}
 	if (s->wait.place == PLACE_WAITING && !s->queue_cpu) {
 		cause_queued(s, task, now, now > s->wait.start_ns ? now - s->wait.start_ns : 0);
-		cause_throttled(s, task);
+		cause_throttled(ctx, s, task);
 	}
 	return 0;
 }
@@ -142,7 +142,7 @@ int lat_wakeup_new(u64 *ctx)
 	now = bpf_ktime_get_ns();
 	wait_start(&s->wait, now, WAIT_NEW);
 	cause_queued(s, task, now, 0);
-	cause_throttled(s, task);
+	cause_throttled(ctx, s, task);
 	no_waker(s);
 	set_waker(s, get_current_task_btf());
 	s->waker_ctx = CTX_TASK;
@@ -176,7 +176,7 @@ static inline s16 syscall_of(u64 task)
 #endif
 }
 
-static inline void leave(u64 task, u64 now, int runnable, int dead)
+static inline void leave(void *ctx, u64 task, u64 now, int runnable, int dead)
 {
 	struct thread_state *s = state_of(task);
 	struct cpu_state *c = this_cpu();
@@ -194,7 +194,7 @@ static inline void leave(u64 task, u64 now, int runnable, int dead)
 	wait_leave(&s->wait, now, runnable);
 	if (runnable) {
 		cause_queued(s, task, now, 0);
-		cause_throttled(s, task);
+		cause_throttled(ctx, s, task);
 		no_waker(s);
 		s->waker_ctx = CTX_UNKNOWN;
 		s->waker_key = s->blocked_weight_ns = 0;
@@ -219,17 +219,17 @@ static inline void want_stack(struct cpu_state *c, u64 key, u64 task)
 }
 
 /* The row of a wait, if it gets one. */
-static inline void send_wait(struct thread_state *s, u64 task, u64 now, u64 wait, u64 wakeup,
-			     u8 place, u64 *causes)
+static inline void send_wait(void *ctx, struct cpu_clock *k, struct thread_state *s, u64 task,
+			     u64 now, u64 wait, u64 wakeup, u8 place)
 {
-	struct cpu_clock *k = clock_of(bpf_get_smp_processor_id());
+	u64 *causes = k->due;
 	struct cpu_state *c = this_cpu();
 	struct control *o = control();
 	struct wait_record *r;
-	u64 weight, key = 0, elsewhere = 0;
+	u64 weight, key = 0;
 	u32 i;
 
-	if (!c || !o || !k)
+	if (!c || !o)
 		return;
 	weight = sample_weight(&s->wait_acc_ns, wait, o->wait_period_ns, o->slow_ns, o->tokens > 0);
 	if (weight | s->blocked_weight_ns) {
@@ -239,8 +239,9 @@ static inline void send_wait(struct thread_state *s, u64 task, u64 now, u64 wait
 			want_stack(c, key, task);
 		}
 	}
+	k->elsewhere_ns = 0;
 	if (wait >= LOOKED_ELSEWHERE_NS)
-		elsewhere = idle_elsewhere(task, wait);
+		then_elsewhere(ctx);
 	r = lat_ring.ringbuf_reserve(CELL_BYTES);
 	if (!r) {
 		c->lost_waits++;
@@ -274,24 +275,22 @@ static inline void send_wait(struct thread_state *s, u64 task, u64 now, u64 wait
 	r->throttled_by = causes[CAUSE_THROTTLED] ? s->throttled_by : 0;
 	r->waker_wait_ns = s->waker_wait_ns;
 	r->waker2_tid = s->waker2_tid;
-	r->idle_elsewhere_us = elsewhere / 1000;
+	r->idle_elsewhere_us = min_ns(k->elsewhere_ns, wait) / 1000;
 	lat_ring.ringbuf_submit(r, BPF_RB_NO_WAKEUP);
 	if (wait >= SLICED_NS && s->queue_cpu == bpf_get_smp_processor_id() + 1)
 		k->due_wait_ns = wait;
 }
 
-static inline void enter(u64 task, u64 now)
+static inline void enter(void *ctx, u64 task, u64 now, struct cpu_clock *k)
 {
 	struct thread_state *s = state_of(task);
 	struct cpu_state *c = this_cpu();
-	struct cpu_clock *k = clock_of(bpf_get_smp_processor_id());
-	u64 wait, wakeup, *causes;
+	u64 wait, wakeup;
 	int started;
 	u8 place;
 
-	if (!s || !c || !k)
+	if (!s || !c)
 		return;
-	causes = k->due;
 	if (s->wait.place == PLACE_WAITING && s->wait.start_ns > now)
 		c->discarded++;
 	place = s->wait.place;
@@ -331,12 +330,46 @@ static inline void enter(u64 task, u64 now)
 	/* Preempted between setting its state to sleep and sleeping: runnable, yet the kernel opens
 	 * no entry for such a wait (sched_info_depart() asks task_is_running()). */
 	c->unbooked += !LD64(task, OFF_LAST_QUEUED);
-	causes_of_wait(s, task, now, wait, causes);
-	count_wait(s, wait, causes);
+	causes_of_wait(ctx, k, s, task, now, wait);
+	count_wait(s, wait, k->due);
 	s->done_wait_ns = wait;
 	sleep_enter(s, now, wait);
-	send_wait(s, task, now, wait, wakeup, place, causes);
+	send_wait(ctx, k, s, task, now, wait, wakeup, place);
 	cause_unqueued(s);
+}
+
+/* The parts of lat_switch; see then_stay in kernel.h. */
+int lat_stay(u64 *ctx)
+{
+	struct cpu_clock *k = clock_of(bpf_get_smp_processor_id());
+
+	if (k)
+		remember_stay(ctx, k, ARG(ctx, 1), k->now_ns);
+	return 0;
+}
+
+int lat_leave(u64 *ctx)
+{
+	struct cpu_clock *k = clock_of(bpf_get_smp_processor_id());
+	u64 prev = ARG(ctx, 1);
+#ifdef HAVE_PREV_STATE
+	u32 state = ARG(ctx, 3);
+#else
+	u32 state = LD32(prev, OFF_TASK_STATE);
+#endif
+
+	if (k)
+		leave(ctx, prev, k->now_ns, (u8)ARG(ctx, 0) || !state, state & TASK_DEAD);
+	return 0;
+}
+
+int lat_enter(u64 *ctx)
+{
+	struct cpu_clock *k = clock_of(bpf_get_smp_processor_id());
+
+	if (k)
+		enter(ctx, ARG(ctx, 2), k->now_ns, k);
+	return 0;
 }
 
 int lat_switch(u64 *ctx)
@@ -351,23 +384,17 @@ int lat_switch(u64 *ctx)
 	gate = k->since_ns;
 	if (!out && !in && !gate)
 		return 0;
-	now = bpf_ktime_get_ns();
+	now = k->now_ns = bpf_ktime_get_ns();
 	if (gate) {
 		account(k, now, clock_of_thread(prev), prev, 0);
 		/* Of one short wait that ends here nobody will ask who made it. */
 		if (!in || k->waiting > 1 || now - k->opened_ns >= SLICED_NS)
-			remember_stay(ctx, k, prev, now);
+			then_stay(ctx);
 	}
-	if (out) {
-#ifdef HAVE_PREV_STATE
-		u32 state = ARG(ctx, 3);
-#else
-		u32 state = LD32(prev, OFF_TASK_STATE);
-#endif
-		leave(prev, now, (u8)ARG(ctx, 0) || !state, state & TASK_DEAD);
-	}
+	if (out)
+		then_leave(ctx);
 	if (in)
-		enter(next, now);
+		then_enter(ctx);
 	next_stay(k, next, now);
 	if (k->due_wait_ns)
 		then_slices(ctx);

@@ -16,7 +16,7 @@ import latrace.probes
 
 from . import bpf
 from .btf import Btf
-from .compiled import Compiled, Program, with_call, with_maps
+from .compiled import Compiled, Program, with_maps, with_parts
 from .errors import HostError
 
 PROBES = Path(latrace.probes.__path__[0])
@@ -34,6 +34,7 @@ SOURCES = (
     "sleep.bpf.c",
     "wait.bpf.c",
     "slices.bpf.c",
+    "parts.bpf.c",
     "irq.bpf.c",
     "identity.bpf.c",
     "oncpu.bpf.c",
@@ -130,8 +131,16 @@ _INTERRUPTS = (
     "call_function_single",
     "irq_work",
 )
-# Function → the one that it calls, as a function of its own.
-_CALLS = {"lat_switch": "lat_slices"}
+# The parts of programs, by the number that stands for each (then_stay in probes/kernel.h).
+_PARTS = {
+    0x7FFFFF00: "lat_stay",
+    0x7FFFFF01: "lat_leave",
+    0x7FFFFF02: "lat_enter",
+    0x7FFFFF03: "lat_slices",
+    0x7FFFFF04: "lat_throttled",
+    0x7FFFFF05: "lat_after_quota",
+    0x7FFFFF06: "lat_elsewhere",
+}
 ITERATORS = ("lat_iter_seed", "lat_iter_end")
 ON_CPU = "lat_on_cpu"
 """Runs at the tick of a clock: see tracer/sampling.py."""
@@ -269,13 +278,8 @@ def compile_probes(btf: Btf, switches: dict[str, int]) -> Compiled:
     attach = {name: btf.tracepoint(tracepoint) for name, tracepoint in wanted.items()}
     attach |= dict.fromkeys(ITERATORS, btf.function("bpf_iter_task")) | {ON_CPU: None}
 
-    def finished(function: str) -> bytes:
-        code: bytes = module.dump_func(function.encode())
-        if called := _CALLS.get(function):
-            code = with_call(code, module.dump_func(called.encode()))
-        return code
-
     try:
+        parts = {number: module.dump_func(part.encode()) for number, part in _PARTS.items()}
         fds = {name: bcc.lib.bpf_table_fd(module.module, name.encode()) for name in MAPS}
         numbers = {fd: number for number, fd in enumerate(fds.values())}
         return Compiled(
@@ -283,7 +287,10 @@ def compile_probes(btf: Btf, switches: dict[str, int]) -> Compiled:
             tuple(
                 Program(
                     name,
-                    with_maps(finished(name.partition(":")[0]), numbers),
+                    with_maps(
+                        with_parts(module.dump_func(name.partition(":")[0].encode()), parts),
+                        numbers,
+                    ),
                     0 if name == ON_CPU else _known(name, type_id),
                     name in ITERATORS,
                     bpf.TYPE_PERF_EVENT if name == ON_CPU else bpf.TYPE_TRACING,

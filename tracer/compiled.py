@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import base64
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 # include/uapi/linux/bpf.h
 _LOAD_IMMEDIATE_64, _PSEUDO_MAP_FD = 0x18, 1
 _CALL, _PSEUDO_CALL = 0x85, 1
-_CALL_HERE = 0x7FFFFFFF  # then_slices in probes/kernel.h: no helper has this number
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,14 +85,21 @@ def with_maps(instructions: bytes, numbers: dict[int, int] | list[int]) -> bytes
     return bytes(code)
 
 
-def with_call(caller: bytes, callee: bytes) -> bytes:
-    """Put a function behind the one that calls it, where the caller marks the call.
+def with_parts(function: bytes, parts: Mapping[int, bytes]) -> bytes:
+    """Put the functions that a function calls behind it, and those that they call.
 
-    The immediate of a call within a program is the distance from the next instruction.
+    `parts`: by the helper number that stands for each. The immediate of a call within a program is
+    the distance from the next instruction.
     """
-    code = bytearray(caller + callee)
-    for at in range(0, len(caller), 8):
-        if code[at] == _CALL and code[at + 4 : at + 8] == _CALL_HERE.to_bytes(4, "little"):
-            code[at + 1] |= _PSEUDO_CALL << 4
-            code[at + 4 : at + 8] = ((len(caller) - at) // 8 - 1).to_bytes(4, "little")
+    code, starts = bytearray(function), dict[int, int]()
+    at = 0
+    while at < len(code):
+        number = int.from_bytes(code[at + 4 : at + 8], "little")
+        if code[at] == _CALL and not code[at + 1] and number in parts:
+            if number not in starts:
+                starts[number] = len(code)
+                code += parts[number]
+            code[at + 1] = _PSEUDO_CALL << 4
+            code[at + 4 : at + 8] = ((starts[number] - at) // 8 - 1).to_bytes(4, "little")
+        at += 8
     return bytes(code)

@@ -1,0 +1,105 @@
+/* SPDX-License-Identifier: MIT OR GPL-2.0-only */
+/* Loops that few waits need, as functions of their own: see then_stay in kernel.h. */
+
+/* The group whose quota is used up, for a run queue of a group: its own or the nearest above. */
+int lat_throttled(u64 *ctx)
+{
+#ifdef OFF_TASK_THROTTLED
+	struct cpu_clock *k = clock_of(bpf_get_smp_processor_id());
+	u64 group = 0, cgroup = 0;
+	u32 throttled, depth;
+
+	if (!k)
+		return 0;
+	k->group = 0;
+	if (read_kernel(&group, 8, k->cfs_rq + OFF_CFS_RQ_TG))
+		return 0;
+	LOOP (depth = 0; depth < 16; depth++) {
+		u64 queue = 0;
+
+		if (!group || read_kernel(&queue, 8, group + OFF_TG_CFS_RQ) ||
+		    read_kernel(&queue, 8, queue + 8 * (u64)bpf_get_smp_processor_id()) ||
+		    read_kernel(&throttled, 4, queue + OFF_CFS_RQ_THROTTLED))
+			return 0;
+		if (throttled & 1)
+			break;
+		if (read_kernel(&group, 8, group + OFF_TG_PARENT))
+			return 0;
+	}
+	if (!read_kernel(&cgroup, 8, group + OFF_TG_CGROUP) &&
+	    !read_kernel(&cgroup, 8, cgroup + OFF_CGROUP_KN))
+		read_kernel(&k->group, 8, cgroup + OFF_KN_ID);
+#endif
+	return 0;
+}
+
+#define STAYS_AFTER_QUOTA 16
+
+/* What this CPU did since the quota came back (walk.from_ns), by cause: from the stays remembered,
+ * newest first. */
+int lat_after_quota(u64 *ctx)
+{
+	struct cpu_clock *k = clock_of(bpf_get_smp_processor_id());
+	u32 i, tgid = LD32(ARG(ctx, 2), OFF_TASK_TGID);
+	u64 newest;
+
+	if (!k)
+		return 0;
+	newest = k->stays;
+	LOOP (i = 0; i < STAYS_AFTER_QUOTA; i++) {
+		u32 at = bpf_get_smp_processor_id() * STAYS + --newest % STAYS;
+		struct stay *y = (struct stay *)lat_stays.lookup(&at);
+		u64 ns, irq, softirq, own;
+
+		if (!y || y->end_ns <= k->walk.from_ns)
+			break;
+		ns = y->end_ns - max_ns(y->start_ns, k->walk.from_ns);
+		irq = min_ns(y->irq_ns, ns);
+		softirq = min_ns(y->softirq_ns, ns - irq);
+		k->due[CAUSE_IRQ] += irq;
+		k->due[CAUSE_SOFTIRQ] += softirq;
+		ns -= irq + softirq;
+		k->due[y->cause & 7] += ns;
+		/* of `other`, what is the thread's own process */
+		own = y->cause == CAUSE_OTHER && y->tgid == tgid ? ns : 0;
+		k->due[CAUSE_OTHER] -= own;
+		k->due[CAUSE_OWN] += own;
+	}
+	return 0;
+}
+
+#define CPUS_LOOKED_AT 128
+
+/* For how long the thread that gets this CPU could have had another one that it may use: of the
+ * CPUs idle now, the one longest so. One that was idle earlier and has work now is not seen. */
+int lat_elsewhere(u64 *ctx)
+{
+	struct cpu_clock *k = clock_of(bpf_get_smp_processor_id());
+
+	if (!k)
+		return 0;
+	k->elsewhere_ns = 0;
+#if defined(OFF_TASK_GROUP) && defined(OFF_RQ_CLOCK_IDLE)
+	u64 task = ARG(ctx, 2), mask = LD64(task, OFF_TASK_CPUS), allowed = 0;
+	u64 queues = LD64(LD64(task, OFF_TASK_GROUP), OFF_TG_CFS_RQ);
+	u64 now = LD64(LD64(LD64(task, OFF_SE_CFS_RQ), OFF_CFS_RQ_RQ), OFF_RQ_CLOCK);
+	u32 cpu, here = bpf_get_smp_processor_id();
+
+	LOOP (cpu = 0; cpu < (NCPU < CPUS_LOOKED_AT ? NCPU : CPUS_LOOKED_AT); cpu++) {
+		u64 rq = 0, current = 0, idle = 1, since = 0;
+
+		if (cpu % 64 == 0 && read_kernel(&allowed, 8, mask + cpu / 8))
+			return 0;
+		if (cpu == here || !(allowed >> cpu % 64 & 1))
+			continue;
+		if (read_kernel(&rq, 8, queues + 8 * (u64)cpu) ||
+		    read_kernel(&rq, 8, rq + OFF_CFS_RQ_RQ) ||
+		    read_kernel(&current, 8, rq + OFF_RQ_CURR) ||
+		    read_kernel(&idle, 8, rq + OFF_RQ_IDLE) || current != idle ||
+		    read_kernel(&since, 8, rq + OFF_RQ_CLOCK_IDLE) || since >= now)
+			continue;
+		k->elsewhere_ns = max_ns(k->elsewhere_ns, now - since);
+	}
+#endif
+	return 0;
+}
