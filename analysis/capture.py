@@ -23,6 +23,7 @@ from pyarrow import ipc
 
 from latrace.analysis.errors import CaptureError
 from latrace.analysis.schema import MANIFEST, SCHEMA_VERSION, SNAPSHOTS, SUFFIX, TABLES
+from latrace.analysis.sleeps import sleep_of_waits
 
 DEFAULT_PATH = Path("latrace.data")
 
@@ -59,8 +60,20 @@ class Capture:
 
     @cached_property
     def waits(self) -> pa.Table:
-        """One row for each recorded wait; not all waits, if the row threshold was above 0."""
-        return self.table("waits")
+        """One row for each recorded wait; not all waits, if the row threshold was above 0.
+
+        `sleep`, the row in `sleeps` of the call that a wait lay in, is joined here: a call gets
+        its row after its waits have theirs.
+        """
+        waits, sleeps = self.table("waits"), self.sleeps
+        if waits["sleep"].null_count < waits.num_rows:
+            return waits
+        found = sleep_of_waits(
+            *(_numpy(waits, name) for name in ("tid", "run_ns")),
+            *(_numpy(sleeps, name) for name in ("tid", "enter_ns", "exit_ns")),
+        )
+        column = waits.schema.get_field_index("sleep")
+        return waits.set_column(column, waits.schema.field(column), pa.array(found))
 
     @cached_property
     def slices(self) -> pa.Table:
@@ -269,6 +282,11 @@ def open_capture(path: str | os.PathLike[str] = DEFAULT_PATH) -> Capture:
 
 
 # --- tables ------------------------------------------------------------------------------------
+
+
+def _numpy(table: pa.Table, name: str) -> np.ndarray[Any, np.dtype[Any]]:
+    found: np.ndarray[Any, np.dtype[Any]] = table[name].fill_null(0).to_numpy()
+    return found
 
 
 def _last_of_each(table: pa.Table, key: Sequence[str]) -> pa.Table:

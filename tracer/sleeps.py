@@ -72,7 +72,8 @@ def overshoot_buckets(
     """
     metrics: list[str] = []
     columns: list[tuple[histogram.Counts, ...]] = []
-    for call, counts in zip(CALLS, overshoots["slots"], strict=True):
+    # A copy: the kernel goes on counting.
+    for call, counts in zip(CALLS, overshoots["slots"].copy(), strict=True):
         columns.append(histogram.buckets(counts))
         metrics += [f"overshoot:{call}"] * len(columns[-1][0])
     low, high, count = (np.concatenate(column) for column in zip(*columns, strict=True))

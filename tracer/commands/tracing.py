@@ -141,7 +141,8 @@ def say_written(path: Path, *, status: Status) -> None:
     say_next(
         (
             (f"{program()} flame{source} wait.svg", "where it waited, as a picture"),
-            (f"{program()} report{source}", "these figures again"),
+            (f"{program()} flame{source} --kind culprit who.svg", "who had the CPU"),
+            (f"{program()} report{source} -o report.html", "all of it, with plots"),
         ),
         status=status,
     )
