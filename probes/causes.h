@@ -34,34 +34,26 @@ struct cpu_clock {
 	u64 doing, doing_tgid;		/* the clock that runs now, as far as is known */
 	u64 vector;			/* of the softirq under way, + 1 */
 	u64 stay_ns;			/* the thread on the CPU is known to be there since */
-	u64 stay_irq_ns, stay_softirq_ns, stay_vector;
+	u64 stay_irq_ns, stay_softirq_ns;
+	u64 stay_vector, stay_vector_ns;	/* of its longest softirq */
 	u64 opened_ns;			/* the clocks run since */
 	u64 stays;			/* remembered so far */
 	u64 culprit_acc_ns;		/* see sample.h */
 	u64 now_ns;			/* of the switch under way */
 	u64 cfs_rq, group;		/* of then_throttled() */
+	u64 from;			/* the CPU of then_moved() */
 	u64 elsewhere_ns;		/* of then_elsewhere() */
 	u64 due_wait_ns, due[CAUSES];	/* the wait that ended just now, for lat_slices */
 	/* What programs on this CPU work with, interrupts off: on the stack of a program the verifier
 	 * would follow every value. */
 	struct clocks had;
-	struct walk { u64 run_ns, from_ns, until_ns, irq_ns, softirq_ns; } walk;
-	u64 pad[4];			/* no two CPUs share a cache line */
+	struct walk { u64 run_ns, start_ns, from_ns, until_ns, irq_ns, softirq_ns, vector, vector_ns, moved; } walk;
+	u64 pad[6];			/* no two CPUs share a cache line */
 };
 
 /* One process on one CPU: how long its threads ran there. Of those that share a hash, the one
  * that waited there last has it. */
 struct own_clock { u64 tgid, ns; };
-
-/* A thread's time on a CPU where a target waited. */
-struct stay {
-	u64 start_ns, end_ns, irq_ns, softirq_ns;
-	u32 tid, tgid;
-	u64 cgroup, stack_key, weight_ns;
-	char comm[COMM_BYTES];
-	s16 prio;
-	u8 policy, cause, vector, pad[3];	/* cause: CAUSE_OTHER for all of user threads */
-};
 
 BYTES_OF(cpu_clock);
 BYTES_OF(own_clock);
@@ -157,9 +149,9 @@ static inline int read_clocks(struct cpu_clock *k, struct own_clock *own, u64 tg
 
 /* Note the clocks of the CPU on whose queue the thread is from `now` on. `had`: what the wait has
  * of each so far. Starts the clocks where they stand; the thread on that CPU is then taken to have
- * been there for `before_ns`. */
+ * been there for `before_ns`, in which the CPU did `before`. */
 static inline void note_clocks(struct thread_state *s, u64 task, u32 cpu, u64 now, u64 before_ns,
-			       u64 doing, u64 doing_tgid, struct clocks *had)
+			       u64 before, u64 doing, u64 doing_tgid, struct clocks *had)
 {
 	u64 tgid = LD32(task, OFF_TASK_TGID);
 	struct own_clock *own = own_clock_of(cpu, tgid);
@@ -177,7 +169,9 @@ static inline void note_clocks(struct thread_state *s, u64 task, u32 cpu, u64 no
 		k->doing_tgid = doing_tgid;
 		k->vector = 0;
 		k->stay_ns = k->opened_ns = now - before_ns;
-		k->stay_irq_ns = k->stay_softirq_ns = k->stay_vector = 0;
+		k->stay_irq_ns = before == CLOCK_IRQ ? before_ns : 0;
+		k->stay_softirq_ns = before == CLOCK_SOFTIRQ ? before_ns : 0;
+		k->stay_vector_ns = 0;
 	}
 	s->clocks_known = read_clocks(k, own, tgid, now, &s->clocks);
 #pragma unroll
@@ -199,26 +193,27 @@ static inline struct clocks *no_clocks(void)
 }
 
 /* It is on a queue since now; for `before_ns` it was on its way there: sched_waking comes before a
- * CPU is chosen, and where an interrupt brings it to another one, that takes a while. What the CPU
- * does now, interrupts left aside, it is taken to have done since. */
-static inline void cause_queued(struct thread_state *s, u64 task, u64 now, u64 before_ns)
+ * CPU is chosen, and where an interrupt brings it to another one, that takes a while. What this CPU
+ * does while it wakes the thread for itself is known: `context`. Of another one, what its thread
+ * is counts for that time: the interrupt that brings it comes at the end. */
+static inline void cause_queued(struct thread_state *s, u64 task, u64 now, u64 before_ns, u8 context)
 {
 	u64 current = LD64(LD64(LD64(task, OFF_SE_CFS_RQ), OFF_CFS_RQ_RQ), OFF_RQ_CURR);
-	u64 clock = clock_of_thread(current);
+	u64 clock = clock_of_thread(current), before = clock;
 	struct clocks *had = no_clocks();
 
 	if (!had)
 		return;
-	if (clock == CLOCK_IDLE)
-		had->ns[CLOCK_IDLE] = before_ns;
-	else if (clock == CLOCK_KTHREAD)
-		had->ns[CLOCK_KTHREAD] = before_ns;
-	else
-		had->ns[CLOCK_USER] = before_ns;
-	if (clock == CLOCK_USER && LD32(current, OFF_TASK_TGID) == LD32(task, OFF_TASK_TGID))
+	if (context == CTX_HARDIRQ)
+		before = CLOCK_IRQ;
+	else if (context == CTX_SOFTIRQ)
+		before = CLOCK_SOFTIRQ;
+	if (before < CLOCK_OWN)
+		had->ns[before] = before_ns;
+	if (before == CLOCK_USER && LD32(current, OFF_TASK_TGID) == LD32(task, OFF_TASK_TGID))
 		had->ns[CLOCK_OWN] = before_ns;
 	s->moves = 0;
-	note_clocks(s, task, LD32(task, OFF_TASK_CPU), now, before_ns, clock,
+	note_clocks(s, task, LD32(task, OFF_TASK_CPU), now, before_ns, before, clock,
 		    LD32(current, OFF_TASK_TGID), had);
 }
 
@@ -274,8 +269,9 @@ static inline u64 running_on(u64 task, u32 cpu, u64 *tgid)
 }
 
 /* It goes on waiting on another CPU's queue. */
-static inline void cause_moved(struct thread_state *s, u64 task, u32 cpu, u64 now)
+static inline void cause_moved(void *ctx, struct thread_state *s, u64 task, u32 cpu, u64 now)
 {
+	struct cpu_clock *here = clock_of(bpf_get_smp_processor_id());
 	struct clocks *had = clocks_had(s, task, now);
 	u64 here_ns = s->here_ns, known = had != 0, clock = CLOCK_OWN, tgid = 0;
 	struct cpu_clock *k = clock_of(cpu);
@@ -283,12 +279,15 @@ static inline void cause_moved(struct thread_state *s, u64 task, u32 cpu, u64 no
 
 	if (!had)
 		had = no_clocks();
-	if (!had || !k)
+	if (!had || !k || !here)
 		return;
+	here->from = from;
+	here->now_ns = now;
+	then_moved(ctx);
 	cause_unqueued(s);
 	if (!k->since_ns)
 		clock = running_on(task, cpu, &tgid);
-	note_clocks(s, task, cpu, now, 0, clock, tgid, had);
+	note_clocks(s, task, cpu, now, 0, clock, clock, tgid, had);
 	s->clocks_known &= known;
 	s->moved_from = from;
 	s->moved_from_ns = here_ns;
@@ -443,7 +442,7 @@ static inline void next_stay(struct cpu_clock *k, u64 next, u64 now)
 	k->doing_tgid = LD32(next, OFF_TASK_TGID);
 	k->vector = 0;
 	k->stay_ns = now;
-	k->stay_irq_ns = k->stay_softirq_ns = k->stay_vector = 0;
+	k->stay_irq_ns = k->stay_softirq_ns = k->stay_vector_ns = 0;
 	if (k->waiting <= 0) {
 		k->since_ns = 0;
 		if (__sync_fetch_and_add(&k->waiting, 0) > 0)

@@ -58,14 +58,19 @@ int lat_softirq_entry(u64 *ctx)
 int lat_softirq_exit(u64 *ctx)
 {
 	struct cpu_clock *k = running_clock();
-	u64 task;
+	u64 task, now, ns;
 
 	if (!k)
 		return 0;
 	task = get_current_task_btf();
-	account(k, bpf_ktime_get_ns(), CLOCK_SOFTIRQ, task, 1);
+	now = bpf_ktime_get_ns();
+	ns = now - k->since_ns;
+	account(k, now, CLOCK_SOFTIRQ, task, 1);
 	k->vector = 0;
-	k->stay_vector = (u32)ARG(ctx, 0);
 	k->doing = clock_of_thread(task);
+	if (ns >= k->stay_vector_ns) {
+		k->stay_vector = (u32)ARG(ctx, 0);
+		k->stay_vector_ns = ns;
+	}
 	return 0;
 }

@@ -56,6 +56,7 @@ static int (*then_slices)(void *ctx) = (void *)0x7fffff03;
 static int (*then_throttled)(void *ctx) = (void *)0x7fffff04;
 static int (*then_after_quota)(void *ctx) = (void *)0x7fffff05;
 static int (*then_elsewhere)(void *ctx) = (void *)0x7fffff06;
+static int (*then_moved)(void *ctx) = (void *)0x7fffff07;
 
 #define TASK_DEAD 0x80		/* include/linux/sched.h */
 #define PF_KTHREAD 0x00200000
@@ -64,6 +65,16 @@ static int (*then_elsewhere)(void *ctx) = (void *)0x7fffff06;
 #define CLOCK_MONOTONIC 1
 #define ENOSYS 38		/* what a system call's result is while it lasts */
 #define SYS_RESTART 219
+
+/* A thread's time on a CPU where a target waited. */
+struct stay {
+	u64 start_ns, end_ns, irq_ns, softirq_ns;
+	u32 tid, tgid;
+	u64 cgroup, stack_key, weight_ns;
+	char comm[COMM_BYTES];
+	s16 prio;
+	u8 policy, cause, vector, pad[3];	/* cause: CAUSE_OTHER for all of user threads */
+};
 
 #define CLOCKS 6
 struct clocks { u64 ns[CLOCKS]; };	/* by enum clock */
@@ -86,6 +97,8 @@ struct thread_state {
 	u32 moved_from;
 	u64 here_ns, moved_from_ns;		/* since when it is, and was, on that queue */
 	struct clocks clocks;			/* what they showed when this wait was at 0 */
+	struct stay left;			/* who had the CPU that it moved away from */
+	u32 waking_cpu;
 	u64 throttled_clock, throttled_by;
 	u64 done_wait_ns, waker_wait_ns;	/* the last wait of its own, and its waker's */
 	u32 waker2_tid;

@@ -103,3 +103,47 @@ int lat_elsewhere(u64 *ctx)
 #endif
 	return 0;
 }
+
+/* Who has the CPU whose queue a waiting thread is taken from: its stay there is not over, and may
+ * never be remembered. Without pointers that have a type: it is another CPU's. */
+int lat_moved(u64 *ctx)
+{
+	u64 task = ARG(ctx, 0);
+	struct thread_state *s = lat_tasks.task_storage_get((void *)task, 0, 0);
+	struct cpu_clock *here = clock_of(bpf_get_smp_processor_id()), *k;
+	struct stay *y;
+
+	if (!s || !here)
+		return 0;
+	y = &s->left;
+	y->tid = 0;
+	k = clock_of(here->from);
+#ifdef OFF_TASK_GROUP
+	u64 at = LD64(LD64(task, OFF_TASK_GROUP), OFF_TG_CFS_RQ) + 8 * here->from, group = 0;
+	u32 flags = 0, value = 0;
+
+	if (!k || read_kernel(&at, 8, at) || read_kernel(&at, 8, at + OFF_CFS_RQ_RQ) ||
+	    read_kernel(&at, 8, at + OFF_RQ_CURR) || read_kernel(&flags, 4, at + OFF_TASK_FLAGS) ||
+	    read_kernel(&y->tgid, 4, at + OFF_TASK_TGID) ||
+	    read_kernel(y->comm, COMM_BYTES, at + OFF_TASK_COMM) ||
+	    read_kernel(&value, 4, at + OFF_TASK_POLICY))
+		return 0;
+	y->policy = value;
+	read_kernel(&value, 4, at + OFF_TASK_PRIO);
+	y->prio = value;
+	y->cgroup = 0;
+	if (!read_kernel(&group, 8, at + OFF_TASK_GROUP) && group &&
+	    !read_kernel(&group, 8, group + OFF_TG_CGROUP) && group &&
+	    !read_kernel(&group, 8, group + OFF_CGROUP_KN))
+		read_kernel(&y->cgroup, 8, group + OFF_KN_ID);
+	y->start_ns = k->stay_ns;
+	y->end_ns = here->now_ns;
+	y->irq_ns = k->stay_irq_ns;
+	y->softirq_ns = k->stay_softirq_ns;
+	y->vector = k->stay_vector;
+	y->stack_key = y->weight_ns = 0;
+	y->cause = flags & PF_KTHREAD ? CAUSE_KTHREAD : CAUSE_OTHER;
+	read_kernel(&y->tid, 4, at + OFF_TASK_PID);	/* 0: idle */
+#endif
+	return 0;
+}

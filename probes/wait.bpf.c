@@ -79,6 +79,7 @@ int lat_waking(u64 *ctx)
 		return 0;
 	waker = get_current_task_btf();
 	s->waker_ctx = waker_context(ctx, waker);
+	s->waking_cpu = bpf_get_smp_processor_id();
 	no_waker(s);
 	if (s->waker_ctx == CTX_TASK)
 		set_waker(s, waker);
@@ -124,7 +125,11 @@ int lat_wakeup(u64 *ctx)
 		s->blocked_acc_ns += s->wait.blocked_ns;
 	}
 	if (s->wait.place == PLACE_WAITING && !s->queue_cpu) {
-		cause_queued(s, task, now, now > s->wait.start_ns ? now - s->wait.start_ns : 0);
+		u32 here = bpf_get_smp_processor_id();
+
+		cause_queued(s, task, now, now > s->wait.start_ns ? now - s->wait.start_ns : 0,
+			     here == s->waking_cpu && here == LD32(task, OFF_TASK_CPU) ?
+				     s->waker_ctx : CTX_TASK);
 		cause_throttled(ctx, s, task);
 	}
 	return 0;
@@ -141,7 +146,7 @@ int lat_wakeup_new(u64 *ctx)
 		return 0;
 	now = bpf_ktime_get_ns();
 	wait_start(&s->wait, now, WAIT_NEW);
-	cause_queued(s, task, now, 0);
+	cause_queued(s, task, now, 0, CTX_TASK);
 	cause_throttled(ctx, s, task);
 	no_waker(s);
 	set_waker(s, get_current_task_btf());
@@ -161,7 +166,7 @@ int lat_migrate(u64 *ctx)
 	if (s->wait.migrations < 0xffff)
 		s->wait.migrations++;
 	if (s->queue_cpu)	/* else no queue was chosen yet */
-		cause_moved(s, task, ARG(ctx, 1), bpf_ktime_get_ns());
+		cause_moved(ctx, s, task, ARG(ctx, 1), bpf_ktime_get_ns());
 	return 0;
 }
 
@@ -193,7 +198,7 @@ static inline void leave(void *ctx, u64 task, u64 now, int runnable, int dead)
 	}
 	wait_leave(&s->wait, now, runnable);
 	if (runnable) {
-		cause_queued(s, task, now, 0);
+		cause_queued(s, task, now, 0, CTX_TASK);
 		cause_throttled(ctx, s, task);
 		no_waker(s);
 		s->waker_ctx = CTX_UNKNOWN;

@@ -31,7 +31,7 @@ _NEVER = 2**63 - 1
 _MAX_LEVEL = 30
 _RECENT_TICKS = 10
 
-_USER_STACKS = "lat_sched_exit"
+_RESTING = ("lat_sched_exit", "lat_back")  # user stacks, and the very end of sleep calls
 _BUSY_SWITCHES_PER_S = 150_000  # of each CPU
 _BUSY_SHARE = 4
 
@@ -115,7 +115,8 @@ class Budget:
         rate, self._last_switches = (switches - self._last_switches) / elapsed, switches
         busy = rate > _BUSY_SWITCHES_PER_S * (os.cpu_count() or 1) and self.options.stacks
         self._resting_ticks = (self._resting_ticks + 1) % _BUSY_SHARE if busy else 0
-        self.probes.switch(_USER_STACKS, on=not self._resting_ticks)
+        for name in _RESTING:
+            self.probes.switch(name, on=not self._resting_ticks)
         if self._resting_ticks:
             self.shared.control["tokens"] = 0
         else:

@@ -140,6 +140,7 @@ _PARTS = {
     0x7FFFFF04: "lat_throttled",
     0x7FFFFF05: "lat_after_quota",
     0x7FFFFF06: "lat_elsewhere",
+    0x7FFFFF07: "lat_moved",
 }
 ITERATORS = ("lat_iter_seed", "lat_iter_end")
 ON_CPU = "lat_on_cpu"

@@ -161,7 +161,9 @@ def _check_sums(capture: Capture, wait_row: np.ndarray[Any, Any]) -> None:
         return
     stays_of = np.bincount(wait_row[stays], minlength=waits.num_rows)
     whole = (ints(waits, "wait_ns") >= SLICED_FROM_NS) & (stays_of < MOST_SLICES)
-    guessed = ints(waits, "wakeup_ns") + 10_000
+    whole &= ints(waits, "migrations") <= 1  # of others, the last two CPUs are itemised
+    # Who has the CPU that a thread is taken from is read from another one, mid-stay.
+    guessed = ints(waits, "wakeup_ns") + 20_000 + 50_000 * (ints(waits, "migrations") > 0)
     differ = np.zeros(waits.num_rows, bool)
     for one in SLICED:
         mine = found & (cause == one)
@@ -174,7 +176,8 @@ def _check_sums(capture: Capture, wait_row: np.ndarray[Any, Any]) -> None:
             f"{itemised[i]} of {part[i]} ns in {waits.slice(i, 1).to_pylist()}" for i in wrong[:3]
         ]
         assert not examples, f"{one} slices of {len(wrong)} of {whole.sum()} waits: {examples}"
-    assert differ.sum() <= 0.02 * whole.sum() + 1
+    stayed = whole & (ints(waits, "migrations") == 0)
+    assert (differ & stayed).sum() <= 0.02 * stayed.sum() + 1
 
 
 def wait_keys(capture: Capture) -> list[tuple[int, int]]:

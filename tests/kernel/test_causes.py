@@ -138,7 +138,9 @@ def test_a_waiting_thread_is_followed(stage: Stage) -> None:
     scene = stage.play("spin", 0, group=stage.groups.make("victim"), meanwhile=move)
     waits, facts = scene.waits, scene.traced.facts
     total = waited(waits)
-    assert total == pytest.approx(facts["wall_ns"] - facts["cpu_ns"], rel=0.02)
+    # A wait that no event was fired for has no row: the kernel's books alone know how long it was.
+    expected = facts["wall_ns"] - facts["cpu_ns"]
+    assert abs(total - expected) <= 0.02 * expected + scene.traced.quality["unseen_ns"]
     moved = ints(waits, "migrations") > 0
     assert moved.sum() > 50
     assert ints(waits, "wait_ns")[moved].sum() > 0.2 * total
@@ -240,7 +242,10 @@ def test_an_idle_cpu_has_no_culprit(stage: Stage) -> None:
     total = waited(alone)
     assert ours["idle"] >= 0.8 * total, ours
     assert ours["other"] == ours["own"] == ours["kthread"] == ours["throttled"] == 0
-    assert ours["idle"] == pytest.approx(theirs["idle"][quiet].sum(), rel=0.03)
+    # The interrupt that brings a wake-up from elsewhere counts as idle until the thread is queued.
+    brought = int(ints(alone, "wakeup_ns").sum())
+    seen = int(theirs["idle"][quiet].sum())
+    assert 0.97 * seen <= ours["idle"] <= 1.03 * seen + brought
     keys = set(ints(alone, "run_ns").tolist())
     invented = [
         row
