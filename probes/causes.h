@@ -17,7 +17,7 @@
 enum clock { CLOCK_IRQ, CLOCK_SOFTIRQ, CLOCK_IDLE, CLOCK_KTHREAD, CLOCK_USER, CLOCK_OWN };
 
 /* Waits shorter than this have parts, and no slices: two cells more for each of many. */
-#define SLICED_NS 10000
+#define SLICED_NS 10000		/* control.slice_ns is never less */
 #define LOOKED_ELSEWHERE_NS 100000	/* a look at each other CPU takes some 0.1 us */
 
 #define STAYS 64		/* remembered on each CPU */

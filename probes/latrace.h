@@ -151,6 +151,8 @@ struct control {
 	u64 slow_ns, slow_blocked_ns;	/* intervals above these always get a stack */
 	u64 wait_period_ns, blocked_period_ns;
 	s64 tokens;			/* stacks that may still be taken in this tick */
+	u64 slice_ns;			/* waits below this get no slices */
+	s64 slice_tokens;		/* slices that may still be sent in this tick */
 	u32 follow_forks, comms, cgroups, self_tgid;
 	struct comm_pattern comm[PATTERNS];
 	struct cgroup_id cgroup[PATTERNS];

@@ -92,12 +92,15 @@ int lat_slices(u64 *ctx)
 	u64 task = ARG(ctx, 2), newest;
 	struct cpu_clock *k = clock_of(cpu), *here = k;
 	struct cpu_state *c = this_cpu();
+	struct control *o = control();
 	struct thread_state *s;
 	struct walk *w;
+	u64 sent;
 
 	s = lat_tasks.task_storage_get((void *)task, 0, 0);
-	if (!s || !k || !c)
+	if (!s || !k || !c || !o)
 		return 0;
+	sent = c->slices;
 	w = &here->walk;
 	w->start_ns = k->stay_ns - k->due_wait_ns + k->due[CAUSE_THROTTLED];
 	k->due_wait_ns = 0;
@@ -137,5 +140,6 @@ int lat_slices(u64 *ctx)
 	send_interrupts(c, task, w->run_ns, CAUSE_IRQ, w->start_ns, here->due[CAUSE_IRQ], 0);
 	send_interrupts(c, task, w->run_ns, CAUSE_SOFTIRQ, w->start_ns, here->due[CAUSE_SOFTIRQ],
 			w->vector);
+	__sync_fetch_and_add(&o->slice_tokens, sent - c->slices);
 	return 0;
 }

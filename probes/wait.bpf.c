@@ -243,6 +243,8 @@ static inline void send_wait(void *ctx, struct cpu_clock *k, struct thread_state
 			take_token(o);
 			want_stack(c, key, task);
 		}
+	} else if (wait < o->min_ns) {
+		return;
 	}
 	k->elsewhere_ns = 0;
 	if (wait >= LOOKED_ELSEWHERE_NS)
@@ -282,7 +284,7 @@ static inline void send_wait(void *ctx, struct cpu_clock *k, struct thread_state
 	r->waker2_tid = s->waker2_tid;
 	r->idle_elsewhere_us = min_ns(k->elsewhere_ns, wait) / 1000;
 	lat_ring.ringbuf_submit(r, BPF_RB_NO_WAKEUP);
-	if (wait >= SLICED_NS && s->queue_cpu == bpf_get_smp_processor_id() + 1)
+	if (wait >= o->slice_ns && o->slice_tokens > 0 && s->queue_cpu == bpf_get_smp_processor_id() + 1)
 		k->due_wait_ns = wait;
 }
 

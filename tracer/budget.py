@@ -25,7 +25,12 @@ ROWS_PER_S = 50_000
 """Above this the default mode raises the row threshold. A row costs about as much as the rest of
 the probe; fifty thousand of the longest waits a second explain any percentile."""
 
+SLICES_PER_S = 100_000
+"""Beside threads that take turns fast, one wait alone can have dozens: above this, the shorter waits
+are recorded without who held them up. With `--min 0`, ten times as many."""
+
 TICK_S = 0.1
+_SLICED_NS = 10_000  # as SLICED_NS in probes/causes.h
 _WAIT_PERIOD_NS, _BLOCKED_PERIOD_NS, _SLOW_BLOCKED_NS = 2_000_000, 20_000_000, 100_000_000
 _NEVER = 2**63 - 1
 _MAX_LEVEL = 30
@@ -54,6 +59,8 @@ class Budget:
     _calm_ticks: int = 0
     _said_rows: bool = False
     _said_lost: bool = False
+    _said_slices: bool = False
+    _slice_tokens: int = 0
     _last_switches: int = 0
     _resting_ticks: int = 0
     _said_resting: bool = False
@@ -64,6 +71,8 @@ class Budget:
         control["min_ns"] = self.options.min_ns or 0
         self._set_level(0)
         self._refill(TICK_S)
+        control["slice_ns"] = _SLICED_NS
+        self._fill_slices(TICK_S)
         self._history = [self.shared.slot_counts()]
         self._last_s = time.monotonic()
         self._last_switches = context_switches()
@@ -95,11 +104,12 @@ class Budget:
         if elapsed < TICK_S:
             return
         self._last_s = now
+        self._adapt_slices(elapsed)
         if self._resting_ticks == 0:
             self._adapt_stacks()
         self._rest(elapsed)
         counters = self.shared.counters()
-        rows = sum(counters[name] for name in ("rows", "slices", "lost_waits", "lost_slices"))
+        rows = counters["rows"] + counters["lost_waits"]
         rate, self._last_rows = (rows - self._last_rows) / elapsed, rows
         if self.options.min_ns is None:
             self._adapt_rows(rate, ring_used)
@@ -127,6 +137,27 @@ class Budget:
                 "stacks are taken in a quarter of the time",
                 f"this host switches threads {rate:,.0f} times a second",
             )
+
+    def _adapt_slices(self, seconds: float) -> None:
+        """Hand out slices for the next tick; the longest waits have them first."""
+        control = self.shared.control
+        left, threshold = int(control["slice_tokens"][0]), int(control["slice_ns"][0])
+        if left <= 0:
+            control["slice_ns"] = threshold * 2
+            if not self._said_slices:
+                self._said_slices = True
+                self._note(
+                    "who held up the shorter waits is not recorded (their causes are)",
+                    "threads take turns too fast there for all of it",
+                )
+        elif left > self._slice_tokens * 3 // 4:
+            control["slice_ns"] = max(_SLICED_NS, threshold // 2)
+        self._fill_slices(seconds)
+
+    def _fill_slices(self, seconds: float) -> None:
+        per_s = SLICES_PER_S * (10 if self.options.min_ns == 0 else 1)
+        self._slice_tokens = round(per_s * min(seconds, 1.0))
+        self.shared.control["slice_tokens"] = self._slice_tokens
 
     def _adapt_stacks(self) -> None:
         left = int(self.shared.control["tokens"][0])

@@ -262,6 +262,8 @@ CONTROL = np.dtype(
         ("wait_period_ns", "<u8"),
         ("blocked_period_ns", "<u8"),
         ("tokens", "<i8"),
+        ("slice_ns", "<u8"),
+        ("slice_tokens", "<i8"),
         ("follow_forks", "<u4"),
         ("comms", "<u4"),
         ("cgroups", "<u4"),

@@ -417,7 +417,7 @@ def test_ctrl_c_on_a_terminal(victim: subprocess.Popen[bytes]) -> None:
     terminal.wait_for(r"Hit Ctrl-C to end\.")
     terminal.wait_for(r"waits/s.*recorded in detail.*our own cost.*waits/s")
     terminal.press(b"\x03")
-    text = terminal.wait_for(r"Next: latrace flame wait\.svg.*figures again")
+    text = terminal.wait_for(r"Next: latrace flame wait\.svg.*with plots")
     assert terminal.close() == 0
     # The panel was taken away, with the ^C in it, before the report.
     _, _, report = text.rpartition("\x1b[3A\r\x1b[J")
