@@ -26,8 +26,8 @@ ROWS_PER_S = 50_000
 the probe; fifty thousand of the longest waits a second explain any percentile."""
 
 SLICES_PER_S = 100_000
-"""Beside threads that take turns fast, one wait alone can have dozens: above this, the shorter waits
-are recorded without who held them up. With `--min 0`, ten times as many."""
+"""Beside threads that take turns fast, one wait alone can have dozens: above this, the shorter
+waits are recorded without who held them up. With `--min 0`, ten times as many."""
 
 TICK_S = 0.1
 _SLICED_NS = 10_000  # as SLICED_NS in probes/causes.h
