@@ -39,16 +39,16 @@ struct cpu_clock {
 	u64 opened_ns;			/* the clocks run since */
 	u64 stays;			/* remembered so far */
 	u64 culprit_acc_ns;		/* see sample.h */
-	u64 now_ns;			/* of the switch under way */
+	u64 now_ns;			/* of the switch under way, or the last one looked at */
 	u64 cfs_rq, group;		/* of then_throttled() */
-	u64 from;			/* the CPU of then_moved() */
+	u64 from, moved_ns;		/* the CPU of then_moved(), and when */
 	u64 elsewhere_ns;		/* of then_elsewhere() */
 	u64 due_wait_ns, due[CAUSES];	/* the wait that ended just now, for lat_slices */
 	/* What programs on this CPU work with, interrupts off: on the stack of a program the verifier
 	 * would follow every value. */
 	struct clocks had;
 	struct walk { u64 run_ns, start_ns, from_ns, until_ns, irq_ns, softirq_ns, vector, vector_ns, moved; } walk;
-	u64 pad[6];			/* no two CPUs share a cache line */
+	u64 pad[5];			/* no two CPUs share a cache line */
 };
 
 /* One process on one CPU: how long its threads ran there. Of those that share a hash, the one
@@ -168,7 +168,8 @@ static inline void note_clocks(struct thread_state *s, u64 task, u32 cpu, u64 no
 		k->doing = doing;
 		k->doing_tgid = doing_tgid;
 		k->vector = 0;
-		k->stay_ns = k->opened_ns = now - before_ns;
+		k->opened_ns = now - before_ns;
+		k->stay_ns = max_ns(now - before_ns, k->now_ns);
 		k->stay_irq_ns = before == CLOCK_IRQ ? before_ns : 0;
 		k->stay_softirq_ns = before == CLOCK_SOFTIRQ ? before_ns : 0;
 		k->stay_vector_ns = 0;
@@ -282,7 +283,7 @@ static inline void cause_moved(void *ctx, struct thread_state *s, u64 task, u32 
 	if (!had || !k || !here)
 		return;
 	here->from = from;
-	here->now_ns = now;
+	here->moved_ns = now;
 	then_moved(ctx);
 	cause_unqueued(s);
 	if (!k->since_ns)

@@ -137,7 +137,7 @@ int lat_moved(u64 *ctx)
 	    !read_kernel(&group, 8, group + OFF_CGROUP_KN))
 		read_kernel(&y->cgroup, 8, group + OFF_KN_ID);
 	y->start_ns = k->stay_ns;
-	y->end_ns = here->now_ns;
+	y->end_ns = here->moved_ns;
 	y->irq_ns = k->stay_irq_ns;
 	y->softirq_ns = k->stay_softirq_ns;
 	y->vector = k->stay_vector;

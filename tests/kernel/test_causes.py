@@ -145,9 +145,11 @@ def test_a_waiting_thread_is_followed(stage: Stage) -> None:
     assert moved.sum() > 50
     assert ints(waits, "wait_ns")[moved].sum() > 0.2 * total
     assert parts(waits)["other"] >= 0.95 * total
-    assert itemised(scene, *hogs) >= 0.7 * total  # the rest: what else runs on this host
+    assert itemised(scene, *hogs) >= 0.6 * total  # the rest: what else runs on this host
     for cpu, hog in enumerate(hogs):
-        assert set(ints(scene.slices_of(hog), "cpu").tolist()) == {cpu}
+        theirs = scene.slices_of(hog)
+        elsewhere = ints(theirs, "dur_ns")[ints(theirs, "cpu") != cpu].sum()
+        assert elsewhere < 0.01 * total  # until it was bound to its CPU
         assert itemised(scene, hog) > 0.2 * total
 
 

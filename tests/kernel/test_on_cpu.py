@@ -69,10 +69,11 @@ def test_time_on_the_cpu_by_function(oncpu: Path, hog: int, tmp_path: Path) -> N
     found = weights(traced)
     # The thread's own clock leaves out interrupts and stolen time; ours is that of the CPU.
     assert 0.97 * 3e9 < sum(found.values()) < 1.08 * 3e9
-    # A sample every ms of 3 s: a share of three quarters is known to about 1 %.
+    # A sample every ms of 3 s: a share of three quarters is known to about 1 %, and to less where
+    # others keep the thread from the CPU in step with the clock.
     long_ms, short_ms = traced.facts["long_ms"], traced.facts["short_ms"]
     share = found["spin_long"] / (found["spin_long"] + found["spin_short"])
-    assert share == pytest.approx(long_ms / (long_ms + short_ms), abs=0.03)
+    assert share == pytest.approx(long_ms / (long_ms + short_ms), abs=0.06)
     # The other thread sleeps: it is on the CPU for some microseconds in five milliseconds.
     asleep = [row for row in rows if row["tid"] == int(traced.facts["sleeper"])]
     assert len(asleep) < 0.03 * len(rows)

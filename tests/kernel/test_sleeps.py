@@ -208,13 +208,11 @@ def check(slept: Slept) -> None:
             assert abs(row["deadline_ns"] - said.deadline_ns) <= (2_000 if realtime else 0)
         if row["ret"] is not None:
             assert row["ret"] == _kernels_result(said)
-    missing = sum(row is None or row["overshoot_ns"] is None for _, row in slept.calls)
-    lost = slept.capture.manifest["sleeps"]["lost"]
-    assert missing <= unseen(slept) + lost, missing
     share, off = agreement(slept)
     calls = len(slept.calls)
-    allowed = math.ceil((1 - OF_CALLS) * calls) + unseen(slept)
-    assert round((1 - share) * calls) <= allowed, off
+    lost = slept.capture.manifest["sleeps"]["lost"]
+    allowed = math.ceil((1 - OF_CALLS) * calls) + unseen(slept) + lost
+    assert round((1 - share) * calls) <= allowed, off  # a call without a row is one of them
 
 
 def unseen(slept: Slept) -> int:
