@@ -240,7 +240,7 @@ def test_where_the_door_to_user_mode_is_not_seen(sleeps: Path, tmp_path: Path) -
     check_invariants(slept)
     check_run_queue(slept)
     rows = [(said, row) for said, row in slept.calls if row and row["overshoot_ns"] is not None]
-    assert len(slept.calls) - len(rows) <= unseen(slept)
+    assert len(slept.calls) - len(rows) <= unseen(slept) + math.ceil(0.01 * len(slept.calls))
     assert all(row["ret"] is None for _, row in rows)
     off = np.array([said.overshoot_ns - row["overshoot_ns"] for said, row in rows])
     # What is left out is the way out of the kernel; with a cold cache that takes some time.
