@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from latrace.analysis.causes import CAUSES
 from latrace.analysis.page import BOLD, NUMBER, Page, comm, frames, who
@@ -34,7 +34,7 @@ _CAUSES = {
     "other": "another process had the CPU",
     "unknown": "unknown",
 }
-_SHORT = {
+SHORT: Final = {
     "throttled": "CPU quota",
     "irq": "hardware interrupts",
     "softirq": "soft interrupts",
@@ -427,7 +427,7 @@ def threads(page: Page, summary: Summary) -> None:
             pad("  " + who(thread["tid"], thread["comm"]), room)
             + f"{thread['waits']:,}".rjust(NUMBER)
             + duration(thread["wait_ns"]).rjust(NUMBER)
-            + f"  {percent(parts[cause], thread['wait_ns'])} {_SHORT[cause]}"
+            + f"  {percent(parts[cause], thread['wait_ns'])} {SHORT[cause]}"
         )
     page.more(tail["thread_count"], min(_LISTED, len(tail["threads"])))
 
@@ -481,7 +481,7 @@ def _run_queue(tail: Entry, waited: int) -> str:
         :2
     ]
     causes["other"] -= sum(ns for ns, _ in told)
-    told += [(ns, _SHORT[cause]) for cause, ns in causes.items()]
+    told += [(ns, SHORT[cause]) for cause, ns in causes.items()]
     unknown = told.pop()
     told = sorted((one for one in told if one[0] > 0), key=lambda one: -one[0])
     if len(told) > _LISTED:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from latrace.analysis.attribution_text import SHORT
 from latrace.analysis.page import BOLD, DIM, Page, comm
 from latrace.analysis.words import duration, fit, pad, percent, plural, visible
 
@@ -20,16 +21,7 @@ _RATES = {
     "blocked": "blocked",
     "on_cpu": "on the CPU (sampled)",
 }
-_CAUSES = {
-    "throttled": "CPU quota used up",
-    "irq": "hardware interrupts",
-    "softirq": "soft interrupts",
-    "idle": "waking an idle CPU",
-    "kthread": "kernel threads",
-    "own": "own threads",
-    "other": "other processes",
-    "unknown": "unknown",
-}
+_CAUSES = SHORT | {"throttled": "CPU quota used up"}
 _OF_CAUSE = {"own": " (own)", "kthread": " (kernel)", "irq": "interrupt", "softirq": " (softirq)"}
 _LISTED = 6
 _TOLD = 2  # culprits in the first lines

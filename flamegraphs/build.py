@@ -16,6 +16,7 @@ from typing import Any, Final, Literal, Protocol, TypeAlias, get_args
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from latrace.analysis.causes import CAUSES
 from latrace.flamegraphs.profile import (
     NOT_ITEMISED,
     NOT_SAMPLED,
@@ -30,9 +31,6 @@ from latrace.flamegraphs.text import human_share, human_us
 Kind: TypeAlias = Literal["wait", "offcpu", "culprit", "waker", "wall"]
 KINDS: Final[tuple[Kind, ...]] = get_args(Kind)
 
-CAUSES: Final = (
-    "throttled", "irq", "softirq", "idle", "kthread", "own", "other", "unknown"
-)  # fmt: skip
 CULPRITS: Final = ("irq", "softirq", "kthread", "own", "other")
 """The causes in which somebody ran."""
 

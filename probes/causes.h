@@ -47,7 +47,10 @@ struct cpu_clock {
 	/* What programs on this CPU work with, interrupts off: on the stack of a program the verifier
 	 * would follow every value. */
 	struct clocks had;
-	struct walk { u64 run_ns, start_ns, from_ns, until_ns, irq_ns, softirq_ns, vector, vector_ns, moved; } walk;
+	struct walk {
+		u64 run_ns, start_ns, from_ns, until_ns;
+		u64 irq_ns, softirq_ns, vector, vector_ns, moved;
+	} walk;
 	u64 pad[5];			/* no two CPUs share a cache line */
 };
 
@@ -250,16 +253,29 @@ static inline void cause_unqueued(struct thread_state *s)
 		__sync_fetch_and_add(&k->waiting, -1);
 }
 
-/* What runs on another CPU, whose run queue no pointer with a type leads to. */
+#ifdef OFF_TASK_GROUP
+/* The run queue of another CPU, to which no pointer with a type leads: by way of the queues of the
+ * task's group. 0: it could not be read. */
+static inline u64 run_queue_of(u64 task, u64 cpu)
+{
+	u64 at = LD64(LD64(task, OFF_TASK_GROUP), OFF_TG_CFS_RQ) + 8 * cpu;
+
+	if (read_kernel(&at, 8, at) || read_kernel(&at, 8, at + OFF_CFS_RQ_RQ))
+		return 0;
+	return at;
+}
+#endif
+
+/* What runs on another CPU. */
 static inline u64 running_on(u64 task, u32 cpu, u64 *tgid)
 {
 	u64 clock = CLOCK_OWN;	/* none */
 #ifdef OFF_TASK_GROUP
-	u64 at = LD64(LD64(task, OFF_TASK_GROUP), OFF_TG_CFS_RQ) + 8 * (u64)cpu;
+	u64 at = run_queue_of(task, cpu);
 	u32 pid = 0, flags = 0, process = 0;
 
-	if (read_kernel(&at, 8, at) || read_kernel(&at, 8, at + OFF_CFS_RQ_RQ) ||
-	    read_kernel(&at, 8, at + OFF_RQ_CURR) || read_kernel(&pid, 4, at + OFF_TASK_PID) ||
+	if (!at || read_kernel(&at, 8, at + OFF_RQ_CURR) ||
+	    read_kernel(&pid, 4, at + OFF_TASK_PID) ||
 	    read_kernel(&process, 4, at + OFF_TASK_TGID) ||
 	    read_kernel(&flags, 4, at + OFF_TASK_FLAGS))
 		return clock;

@@ -81,19 +81,18 @@ int lat_elsewhere(u64 *ctx)
 	k->elsewhere_ns = 0;
 #if defined(OFF_TASK_GROUP) && defined(OFF_RQ_CLOCK_IDLE)
 	u64 task = ARG(ctx, 2), mask = LD64(task, OFF_TASK_CPUS), allowed = 0;
-	u64 queues = LD64(LD64(task, OFF_TASK_GROUP), OFF_TG_CFS_RQ);
 	u64 now = LD64(LD64(LD64(task, OFF_SE_CFS_RQ), OFF_CFS_RQ_RQ), OFF_RQ_CLOCK);
 	u32 cpu, here = bpf_get_smp_processor_id();
 
 	LOOP (cpu = 0; cpu < (NCPU < CPUS_LOOKED_AT ? NCPU : CPUS_LOOKED_AT); cpu++) {
-		u64 rq = 0, current = 0, idle = 1, since = 0;
+		u64 rq, current = 0, idle = 1, since = 0;
 
 		if (cpu % 64 == 0 && read_kernel(&allowed, 8, mask + cpu / 8))
 			return 0;
 		if (cpu == here || !(allowed >> cpu % 64 & 1))
 			continue;
-		if (read_kernel(&rq, 8, queues + 8 * (u64)cpu) ||
-		    read_kernel(&rq, 8, rq + OFF_CFS_RQ_RQ) ||
+		rq = run_queue_of(task, cpu);
+		if (!rq ||
 		    read_kernel(&current, 8, rq + OFF_RQ_CURR) ||
 		    read_kernel(&idle, 8, rq + OFF_RQ_IDLE) || current != idle ||
 		    read_kernel(&since, 8, rq + OFF_RQ_CLOCK_IDLE) || since >= now)
@@ -119,11 +118,10 @@ int lat_moved(u64 *ctx)
 	y->tid = 0;
 	k = clock_of(here->from);
 #ifdef OFF_TASK_GROUP
-	u64 at = LD64(LD64(task, OFF_TASK_GROUP), OFF_TG_CFS_RQ) + 8 * here->from, group = 0;
+	u64 at = run_queue_of(task, here->from), group = 0;
 	u32 flags = 0, value = 0;
 
-	if (!k || read_kernel(&at, 8, at) || read_kernel(&at, 8, at + OFF_CFS_RQ_RQ) ||
-	    read_kernel(&at, 8, at + OFF_RQ_CURR) || read_kernel(&flags, 4, at + OFF_TASK_FLAGS) ||
+	if (!k || !at || read_kernel(&at, 8, at + OFF_RQ_CURR) || read_kernel(&flags, 4, at + OFF_TASK_FLAGS) ||
 	    read_kernel(&y->tgid, 4, at + OFF_TASK_TGID) ||
 	    read_kernel(y->comm, COMM_BYTES, at + OFF_TASK_COMM) ||
 	    read_kernel(&value, 4, at + OFF_TASK_POLICY))

@@ -108,8 +108,7 @@ class Budget:
         if self._resting_ticks == 0:
             self._adapt_stacks()
         self._rest(elapsed)
-        counters = self.shared.counters()
-        rows = counters["rows"] + counters["lost_waits"]
+        rows = int(self.shared.cpus["rows"].sum() + self.shared.cpus["lost_waits"].sum())
         rate, self._last_rows = (rows - self._last_rows) / elapsed, rows
         if self.options.min_ns is None:
             self._adapt_rows(rate, ring_used)

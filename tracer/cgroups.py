@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-_MOUNTS = Path("/proc/self/mountinfo")
+_PROC = Path("/proc")
+_OCTAL = re.compile(r"\\([0-7]{3})")  # how mountinfo writes blanks in paths
 
 
 def cgroup_of(tgid: int) -> str:
@@ -26,22 +29,47 @@ def cgroup_of(tgid: int) -> str:
     return unified
 
 
+@dataclass(frozen=True, slots=True)
+class Mount:
+    """Where a cgroup hierarchy is mounted; `root`: which of its groups is seen there."""
+
+    point: Path
+    root: str
+    unified: bool
+    divides_cpu: bool
+    """Whether CPU time is what it divides: v2, or v1's `cpu`."""
+
+
+def cgroup_mounts(proc: Path = _PROC) -> list[Mount]:
+    """All mounted cgroup hierarchies (proc_pid_mountinfo(5)); none when that cannot be read."""
+    mounts: list[Mount] = []
+    try:
+        text = (proc / "self/mountinfo").read_text("utf-8", "surrogateescape")
+    except OSError:
+        return mounts
+    for line in text.splitlines():
+        fields, _, kind = line.partition(" - ")
+        kind_fields = kind.split()
+        if len(kind_fields) < 3 or kind_fields[0] not in ("cgroup", "cgroup2"):
+            continue
+        root, point = fields.split()[3:5]
+        unified = kind_fields[0] == "cgroup2"
+        mounts.append(
+            Mount(
+                Path(_OCTAL.sub(lambda match: chr(int(match[1], 8)), point)),
+                root,
+                unified,
+                divides_cpu=unified or "cpu" in kind_fields[2].split(","),
+            )
+        )
+    return mounts
+
+
 @cache
 def _root() -> Path | None:
     """Where the hierarchy that limits CPUs is mounted whole: v1 `cpu`, or else v2."""
-    unified = None
-    for line in _MOUNTS.read_text("utf-8", "surrogateescape").splitlines():
-        before, _, after = line.partition(" - ")
-        _, _, _, root, point, *_ = before.split(" ")
-        kind, _, options = after.split(" ", 2)
-        path = Path(point.encode("utf-8", "surrogateescape").decode("unicode_escape"))
-        if root != "/":
-            continue
-        if kind == "cgroup" and "cpu" in options.split(","):
-            return path
-        if kind == "cgroup2":
-            unified = path
-    return unified
+    whole = [mount for mount in cgroup_mounts() if mount.divides_cpu and mount.root == "/"]
+    return min(whole, key=lambda mount: mount.unified).point if whole else None
 
 
 _names: dict[int, str] = {}

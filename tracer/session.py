@@ -127,7 +127,6 @@ class Tracer:
         tell_timerfd(self._probes)
         self._probes.attach()
         self._sampler.start()
-        self._limits, self._steal_ns = limits(), steal_ns()
         self._start_ns, self._start_realtime_ns = time.monotonic_ns(), time.time_ns()
         write_rules(self._shared.control, options)
         self._shared.targets[list(options.tids)] |= TARGET_THREAD
@@ -138,6 +137,8 @@ class Tracer:
             self._take_threads(
                 np.frombuffer(bpf.read_iterator(self._probes.programs["lat_iter_seed"]), THREAD)
             )
+        # Many groups take a while to read: the targets are traced by now.
+        self._limits, self._steal_ns = limits(), steal_ns()
         if not self._live and not (options.comms or options.cgroups):
             raise NoTargetError(
                 "the target ended before it could be traced", hint="name one that still runs"

@@ -6,12 +6,12 @@ Everything is checked here, before a probe is loaded, so that a wrong id is one 
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from latrace.analysis.words import plural, visible
+from latrace.tracer.cgroups import cgroup_mounts
 from latrace.tracer.errors import HostError, NoTargetError, UsageError
 from latrace.tracer.processes import (
     PROC,
@@ -28,7 +28,6 @@ _COMM_BYTES = 15  # TASK_COMM_LEN less its NUL
 _MAX_LISTED = 6
 MAX_PATTERNS = 8
 """Names, and cgroups, that the probes compare with at most."""
-_OCTAL = re.compile(r"\\([0-7]{3})")  # how mountinfo writes blanks in paths
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,11 +129,11 @@ def resolve_cgroup(name: str, *, proc: Path = PROC) -> Path:
 
     The hierarchy must be v2 or v1's `cpu`: only these tell where a thread's CPU time comes from.
     """
-    mounts = _cgroup_mounts(proc)
+    mounts = cgroup_mounts(proc)
     given = Path(name)
     if given.is_absolute() and given.is_dir():
         real = given.resolve()
-        above = [usable for mount, usable in mounts if real.is_relative_to(mount)]
+        above = [mount.divides_cpu for mount in mounts if real.is_relative_to(mount.point)]
         if any(above):
             return real
         if above:
@@ -145,10 +144,10 @@ def resolve_cgroup(name: str, *, proc: Path = PROC) -> Path:
     # A name such as /system.slice/x.service, as /proc/PID/cgroup shows it, is relative too.
     candidates = [
         real
-        for mount, usable in mounts
-        if usable
-        and (real := (mount / name.lstrip("/")).resolve()).is_dir()
-        and real.is_relative_to(mount)
+        for mount in mounts
+        if mount.divides_cpu
+        and (real := (mount.point / name.lstrip("/")).resolve()).is_dir()
+        and real.is_relative_to(mount.point)
     ]
     if candidates:
         occupied = (real for real in candidates if next(_cgroup_pids(real), None) is not None)
@@ -301,24 +300,6 @@ def _cgroup_pids(cgroup: Path) -> Iterator[int]:
         except OSError:  # gone, or a threaded group
             continue
         yield from (int(line) for line in text.split())
-
-
-def _cgroup_mounts(proc: Path) -> list[tuple[Path, bool]]:
-    """Where cgroup hierarchies are mounted, and whether CPU time is what they divide."""
-    mounts: list[tuple[Path, bool]] = []
-    try:
-        text = (proc / "self/mountinfo").read_text("utf-8", "surrogateescape")
-    except OSError:
-        return mounts
-    for line in text.splitlines():
-        fields, _, kind = line.partition(" - ")
-        kind_fields = kind.split()
-        if len(kind_fields) < 3 or kind_fields[0] not in ("cgroup", "cgroup2"):
-            continue
-        point = _OCTAL.sub(lambda match: chr(int(match[1], 8)), fields.split()[4])
-        usable = kind_fields[0] == "cgroup2" or "cpu" in kind_fields[2].split(",")
-        mounts.append((Path(point), usable))
-    return mounts
 
 
 def _describe(tasks: tuple[Task, ...], *, cgroups: tuple[Path, ...], proc: Path) -> str:

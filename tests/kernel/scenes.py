@@ -107,6 +107,11 @@ class Scene:
             assert abs(ours[cause] - seen) <= within * total + unseen, (cause, ours, seen)
 
 
+def waited(table: pa.Table) -> int:
+    """All waiting time of rows, in ns."""
+    return int(ints(table, "wait_ns").sum())
+
+
 def kernel_threads() -> frozenset[int]:
     """The kernel threads of this host."""
     found = set()

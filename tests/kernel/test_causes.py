@@ -8,34 +8,15 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterator
 from contextlib import ExitStack
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
-from cgroups import cpu_groups
 from invariants import ints, names, parts
-from scenes import CPU, Scene, Stage
-from tracing import build
+from scenes import CPU, Scene, Stage, waited
 
 pytestmark = pytest.mark.kernel
-
-
-@pytest.fixture(scope="module")
-def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build(tmp_path_factory.mktemp("causes"), "causes")
-
-
-@pytest.fixture
-def stage(program: Path, tmp_path: Path) -> Iterator[Stage]:
-    with cpu_groups() as groups:
-        yield Stage(program, groups, tmp_path / "c")
-
-
-def waited(table: pa.Table) -> int:
-    return int(ints(table, "wait_ns").sum())
 
 
 def itemised(scene: Scene, *tids: int) -> int:

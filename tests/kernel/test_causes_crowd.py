@@ -9,32 +9,18 @@ import re
 import signal
 import time
 from collections import Counter
-from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
-from cgroups import cpu_groups
 from invariants import MOST_SLICES, ints
 from scenes import Stage
-from tracing import build
 
 pytestmark = pytest.mark.kernel
 
 MANY = 10_000
 FILES_AT_MOST = 3000  # those that ended a moment ago are still watched
-
-
-@pytest.fixture(scope="module")
-def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build(tmp_path_factory.mktemp("causes"), "causes")
-
-
-@pytest.fixture
-def stage(program: Path, tmp_path: Path) -> Iterator[Stage]:
-    with cpu_groups() as groups:
-        yield Stage(program, groups, tmp_path / "c")
 
 
 def held() -> tuple[int, int]:

@@ -2,35 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pytest
-from cgroups import Group, cpu_groups
+from cgroups import Group
 from invariants import ints, names, parts
-from scenes import Scene, Stage
-from tracing import build
+from scenes import Scene, Stage, waited
 
 pytestmark = pytest.mark.kernel
 
 QUOTA_US = 10_000
-
-
-@pytest.fixture(scope="module")
-def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build(tmp_path_factory.mktemp("causes"), "causes")
-
-
-@pytest.fixture
-def stage(program: Path, tmp_path: Path) -> Iterator[Stage]:
-    with cpu_groups() as groups:
-        yield Stage(program, groups, tmp_path / "c")
-
-
-def waited(table: pa.Table) -> int:
-    return int(ints(table, "wait_ns").sum())
 
 
 def unseen(scene: Scene) -> int:
