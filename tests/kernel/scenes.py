@@ -107,6 +107,23 @@ class Scene:
             assert abs(ours[cause] - seen) <= within * total + unseen, (cause, ours, seen)
 
 
+def unseen(scene: Scene) -> int:
+    """Waiting time that no event was fired for (docs/limits.md): it has no row and no cause."""
+    return parts(scene.traced.capture.totals)["unknown"] - parts(scene.waits)["unknown"]
+
+
+def waited_all_it_did_not_run(scene: Scene) -> bool:
+    """Whether the waits of a victim that only computes are its time off the CPU, to 1 %.
+
+    What the hypervisor stole while it was on the CPU is in neither of the two: the kernel does not
+    count it as run (kernel/sched/core.c: update_rq_clock_task()), and nobody waited for it here.
+    """
+    facts, stolen = scene.traced.facts, scene.traced.capture.manifest["steal_ns"]
+    total = waited(scene.waits) + unseen(scene)
+    off_cpu = facts["wall_ns"] - facts["cpu_ns"]
+    return 0.99 * off_cpu - stolen <= total <= 1.01 * off_cpu
+
+
 def waited(table: pa.Table) -> int:
     """All waiting time of rows, in ns."""
     return int(ints(table, "wait_ns").sum())

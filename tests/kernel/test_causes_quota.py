@@ -8,16 +8,11 @@ import pyarrow as pa
 import pytest
 from cgroups import Group
 from invariants import ints, names, parts
-from scenes import Scene, Stage, waited
+from scenes import Scene, Stage, unseen, waited, waited_all_it_did_not_run
 
 pytestmark = pytest.mark.kernel
 
 QUOTA_US = 10_000
-
-
-def unseen(scene: Scene) -> int:
-    """Waiting time that no event was fired for (docs/limits.md): it has no row and no cause."""
-    return parts(scene.traced.capture.totals)["unknown"] - parts(scene.waits)["unknown"]
 
 
 def limited(scene: Scene, group: Group) -> dict[str, Any]:
@@ -45,8 +40,7 @@ def test_alone_with_a_quota(stage: Stage) -> None:
     group.limit(QUOTA_US)
     scene = stage.play("spin", 2000, group=group)
     total, throttled = waited(scene.waits), parts(scene.waits)["throttled"]
-    facts = scene.traced.facts
-    assert total + unseen(scene) == pytest.approx(facts["wall_ns"] - facts["cpu_ns"], rel=0.01)
+    assert waited_all_it_did_not_run(scene)
     assert throttled >= 0.95 * total
     books = group.throttling().throttled_ns
     assert throttled == pytest.approx(books, abs=0.02 * books + unseen(scene))
@@ -63,8 +57,7 @@ def test_with_a_neighbour_as_well(stage: Stage) -> None:
     with stage.neighbour("hog", "next-door", group=next_door) as hog:
         scene = stage.play("spin", 3000, group=group)
     total, ours = waited(scene.waits), parts(scene.waits)
-    facts = scene.traced.facts
-    assert total + unseen(scene) == pytest.approx(facts["wall_ns"] - facts["cpu_ns"], rel=0.01)
+    assert waited_all_it_did_not_run(scene)
     throttled = group.throttling().throttled_ns
     # To 2 % of the waiting time: neither is taken for the other.
     assert ours["throttled"] == pytest.approx(throttled, abs=0.02 * total)

@@ -63,7 +63,8 @@ def test_all_time_is_the_time_that_the_threads_had(fight: Traced) -> None:
     sampled_ns = sum(fight.capture.samples.column("weight_ns").to_pylist())
     counted_ns = total(fight, "wait_ns") + total(fight, "blocked_ns")
     assert abs(profile.total_us - (sampled_ns + counted_ns) / 1000) <= 1
-    assert width(profile, "[on CPU]") == pytest.approx(sampled_ns / 1000, abs=1)
+    drawn = [us for stack, us in profile.stacks if stack[0].name.startswith("[on CPU]")]
+    assert abs(sum(drawn) - sampled_ns / 1000) < 1 + len(drawn)
     # What both threads waited and ran, against what the clock on the wall says.
     computing_ns = sampled_ns + total(fight, "wait_ns")
     assert computing_ns == pytest.approx(2 * 3e9, rel=0.1)
