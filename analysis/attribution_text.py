@@ -67,7 +67,10 @@ def answer(summary: Summary) -> str:
     if not tail["total_ns"]:
         return f"Nothing was recorded of {subject[0].lower()}{subject[1:]}."
     least = "at least " if tail["rows"] < tail["count"] else ""
-    return f"{subject} took {least}{duration(tail['total_ns'])}: {_reasons(summary)}."
+    took = f"{subject} took {least}{duration(tail['total_ns'])}"
+    if "causes" in summary["capture"]["without"]:
+        return f"{took}. Why was not recorded (--without causes)."
+    return f"{took}: {_reasons(summary)}."
 
 
 def _subject(summary: Summary) -> str:
@@ -212,7 +215,7 @@ _COLUMNS = (10, 9, 11, 9)
 def causes(page: Page, summary: Summary) -> None:
     """Write where the time of the slow waits went, and that of all."""
     waits, tail = summary["waits"], summary["waits"]["tail"]
-    if not tail["total_ns"]:
+    if not tail["total_ns"] or "causes" in summary["capture"]["without"]:
         return
     slow, every = tail["by_cause_ns"], waits["by_cause_ns"]
     both = tail["count"] < waits["count"]

@@ -352,6 +352,7 @@ def _capture(capture: Capture, rows: Rows, names: Mapping[int, str]) -> dict[str
         "complete": capture.complete,
         "truncated": capture.truncated,
         "steal_ns": _steal(manifest),
+        "without": [str(part) for part in _list(_object(manifest, "options"), "without")],
     }
 
 

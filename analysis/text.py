@@ -350,7 +350,10 @@ def _quality(page: Page, summary: Summary) -> None:
     page.line("How far to trust this", style=BOLD)
     page.prose(_books(quality), label="checked")
     waits, steal = summary["waits"], summary["capture"]["steal_ns"]
-    if waits["total_ns"]:
+    left_out = summary["capture"]["without"]
+    if left_out:
+        page.prose(f"{', '.join(visible(part) for part in left_out)} (--without)", label="left out")
+    if waits["total_ns"] and "causes" not in left_out:
         unknown = waits["by_cause_ns"]["unknown"]
         text = f"{duration(unknown)}, {share(unknown, waits['total_ns'])} of all waiting"
         page.prose(f"the cause of {text}", label="unknown")

@@ -44,6 +44,8 @@ struct cpu_clock {
 	u64 from, moved_ns;		/* the CPU of then_moved(), and when */
 	u64 elsewhere_ns;		/* of then_elsewhere() */
 	u64 due_wait_ns, due[CAUSES];	/* the wait that ended just now, for lat_slices */
+	u64 here_wait_ns;		/* the target that got this CPU last: what it waited, */
+	u32 here_tid, here_waker_tid;	/* and who had woken it */
 	/* What programs on this CPU work with, interrupts off: on the stack of a program the verifier
 	 * would follow every value. */
 	struct clocks had;
@@ -51,7 +53,7 @@ struct cpu_clock {
 		u64 run_ns, start_ns, from_ns, until_ns;
 		u64 irq_ns, softirq_ns, vector, vector_ns, moved;
 	} walk;
-	u64 pad[5];			/* no two CPUs share a cache line */
+	u64 pad[3];			/* no two CPUs share a cache line */
 };
 
 /* One process on one CPU: how long its threads ran there. Of those that share a hash, the one
@@ -202,6 +204,7 @@ static inline struct clocks *no_clocks(void)
  * is counts for that time: the interrupt that brings it comes at the end. */
 static inline void cause_queued(struct thread_state *s, u64 task, u64 now, u64 before_ns, u8 context)
 {
+#if CAUSES_SEEN
 	u64 current = LD64(LD64(LD64(task, OFF_SE_CFS_RQ), OFF_CFS_RQ_RQ), OFF_RQ_CURR);
 	u64 clock = clock_of_thread(current), before = clock;
 	struct clocks *had = no_clocks();
@@ -219,6 +222,7 @@ static inline void cause_queued(struct thread_state *s, u64 task, u64 now, u64 b
 	s->moves = 0;
 	note_clocks(s, task, LD32(task, OFF_TASK_CPU), now, before_ns, before, clock,
 		    LD32(current, OFF_TASK_TGID), had);
+#endif
 }
 
 /* What the wait has of each clock up to now, in this CPU's `had`. 0: that is not known. */
@@ -329,7 +333,7 @@ static inline u64 throttled_clock(u64 cfs_rq)
 static inline void cause_throttled(void *ctx, struct thread_state *s, u64 task)
 {
 	s->throttled = 0;
-#ifdef OFF_TASK_THROTTLED
+#if CAUSES_SEEN && defined(OFF_TASK_THROTTLED)
 	s->throttled = LD8(task, OFF_TASK_THROTTLED);
 	if (s->throttled) {
 		struct cpu_clock *k = clock_of(bpf_get_smp_processor_id());
@@ -436,8 +440,9 @@ static inline void remember_stay(void *ctx, struct cpu_clock *k, u64 task, u64 n
 	if (group)
 		y->cgroup = LD64(LD64(group, OFF_CGROUP_KN), OFF_KN_ID);
 #endif
-	y->weight_ns = sample_weight(&k->culprit_acc_ns, now - y->start_ns, o->wait_period_ns,
-				     o->slow_ns, o->tokens > 0);
+	if (CULPRITS_SEEN)
+		y->weight_ns = sample_weight(&k->culprit_acc_ns, now - y->start_ns,
+					     o->wait_period_ns, o->slow_ns, o->tokens > 0);
 	if (y->weight_ns) {
 		u64 key = CULPRIT_KEYS | new_key(c);
 

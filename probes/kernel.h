@@ -100,7 +100,7 @@ struct thread_state {
 	struct stay left;			/* who had the CPU that it moved away from */
 	u32 waking_cpu;
 	u64 throttled_clock, throttled_by;
-	u64 done_wait_ns, waker_wait_ns;	/* the last wait of its own, and its waker's */
+	u64 waker_wait_ns;			/* what its waker had waited itself */
 	u32 waker2_tid;
 	struct sleep_state sleep;
 };

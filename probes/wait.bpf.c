@@ -38,17 +38,14 @@ static inline u8 waker_context(void *ctx, u64 task)
  * who had woken it. */
 static inline void set_waker(struct thread_state *s, u64 waker)
 {
-	struct thread_state *w;
+	struct cpu_clock *k = clock_of(bpf_get_smp_processor_id());
 
 	s->waker_tid = LD32(waker, OFF_TASK_PID);
 	s->waker_tgid = LD32(waker, OFF_TASK_TGID);
 	copy_comm(s->waker, waker);
-	if (!is_target(waker))
-		return;
-	w = lat_tasks.task_storage_get((void *)waker, 0, 0);
-	if (w) {
-		s->waker_wait_ns = w->done_wait_ns;
-		s->waker2_tid = w->waker_tid;
+	if (k && k->here_tid == s->waker_tid) {
+		s->waker_wait_ns = k->here_wait_ns;
+		s->waker2_tid = k->here_waker_tid;
 	}
 }
 
@@ -284,7 +281,7 @@ static inline void send_wait(void *ctx, struct cpu_clock *k, struct thread_state
 	r->waker2_tid = s->waker2_tid;
 	r->idle_elsewhere_us = min_ns(k->elsewhere_ns, wait) / 1000;
 	lat_ring.ringbuf_submit(r, BPF_RB_NO_WAKEUP);
-	if (wait >= o->slice_ns && o->slice_tokens > 0 && s->queue_cpu == bpf_get_smp_processor_id() + 1)
+	if (CULPRITS_SEEN && wait >= o->slice_ns && o->slice_tokens > 0 && s->queue_cpu == bpf_get_smp_processor_id() + 1)
 		k->due_wait_ns = wait;
 }
 
@@ -339,7 +336,9 @@ static inline void enter(void *ctx, u64 task, u64 now, struct cpu_clock *k)
 	c->unbooked += !LD64(task, OFF_LAST_QUEUED);
 	causes_of_wait(ctx, k, s, task, now, wait);
 	count_wait(s, wait, k->due);
-	s->done_wait_ns = wait;
+	k->here_wait_ns = wait;
+	k->here_tid = LD32(task, OFF_TASK_PID);
+	k->here_waker_tid = s->waker_tid;
 	sleep_enter(s, now, wait);
 	send_wait(ctx, k, s, task, now, wait, wakeup, place);
 	cause_unqueued(s);

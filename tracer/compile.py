@@ -186,7 +186,7 @@ def kernel_constants(btf: Btf) -> dict[str, int]:
     count, queue = btf.per_cpu_offset("__preempt_count"), btf.per_cpu_offset("runqueues")
     if count is not None and queue is not None:
         constants["PREEMPT_COUNT_FROM_RQ"] = count - queue
-    return constants | _sleep_constants(btf)
+    return constants
 
 
 def _sleep_constants(btf: Btf) -> dict[str, int]:
@@ -254,6 +254,8 @@ def compile_probes(btf: Btf, switches: dict[str, int]) -> Compiled:
     # Added by 0bf1af1b8e0d (6.17).
     user_stacks = switches["USER_STACKS"] and btf.tracepoint("sched_exit_tp") is not None
     constants = kernel_constants(btf) | switches
+    if switches["SLEEPS_SEEN"]:
+        constants |= _sleep_constants(btf)
     constants["USER_STACKS"] = int(user_stacks)
     constants["ORDERED_LOADS"] = int(platform.machine() in {"x86_64", "s390x"})
     flags = [f"-D{name}={value}" for name, value in constants.items()]
@@ -271,7 +273,8 @@ def compile_probes(btf: Btf, switches: dict[str, int]) -> Compiled:
         wanted["lat_cgroup_attach"] = "cgroup_attach_task"
     if user_stacks:
         wanted["lat_sched_exit"] = "sched_exit_tp"
-    wanted |= _interrupt_programs(btf)
+    if switches["INTERRUPTS_SEEN"]:
+        wanted |= _interrupt_programs(btf)
     if "SLEEP_CALLS_SEEN" in constants:
         wanted["lat_timer_start"] = "hrtimer_start"
         if btf.tracepoint("rseq_update") is not None:  # needs CONFIG_RSEQ

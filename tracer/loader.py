@@ -34,6 +34,8 @@ class Build:
     single_threads: bool = False
     cgroups: bool = False
     stacks: bool = True
+    without: frozenset[str] = frozenset()
+    """Of `options.PARTS`."""
     user_stacks: bool = True
     """False: kernel stacks alone, as on kernels without the tracepoint that user stacks need."""
 
@@ -49,6 +51,7 @@ def build_for(options: Options) -> Build:
         single_threads=bool(options.tids),
         cgroups=bool(options.cgroups),
         stacks=options.stacks,
+        without=options.without,
     )
 
 
@@ -112,6 +115,10 @@ def load(build: Build) -> Probes:
         "NCPU": possible_cpus(),
         "SINGLE_THREADS": int(build.single_threads),
         "CGROUPS": int(build.cgroups),
+        "CAUSES_SEEN": int("causes" not in build.without),
+        "CULPRITS_SEEN": int("culprits" not in build.without),
+        "INTERRUPTS_SEEN": int(not {"causes", "interrupts"} & build.without),
+        "SLEEPS_SEEN": int("sleeps" not in build.without),
     }
     btf = read_btf()
     key = cache.key_of([sources().encode(), repr(switches).encode(), btf])

@@ -12,6 +12,10 @@ DEFAULT_CPU_SAMPLES_HZ = 49
 """Not a divisor of any tick rate: in step with the tick, some code would never be seen."""
 
 
+PARTS = ("causes", "culprits", "interrupts", "sleeps")
+"""What can be left out of a trace, to make it cheaper."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
     """Everything the tracer needs to know; made by `latrace.tracer.targets.resolve`.
@@ -37,6 +41,8 @@ class Options:
     stack_budget_per_s: int = DEFAULT_STACK_BUDGET_PER_S
     cpu_samples_hz: int = DEFAULT_CPU_SAMPLES_HZ
     """How often each CPU is looked at for what a target does there; 0: never."""
+    without: frozenset[str] = frozenset()
+    """Which of `PARTS` are left out. Without causes there are no culprits and no interrupts."""
     ring_bytes: int = DEFAULT_RING_BYTES
     """Size of the ring buffer: a power of two, at least one page."""
     duration_s: float | None = None

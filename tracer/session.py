@@ -178,6 +178,7 @@ class Tracer:
                 "stacks": options.stacks,
                 "stack_budget_per_s": options.stack_budget_per_s,
                 "cpu_samples_hz": options.cpu_samples_hz,
+                "without": sorted(options.without),
                 "ring_bytes": options.ring_bytes,
                 "duration_s": options.duration_s,
             },

@@ -29,7 +29,7 @@ _latrace() {
             compopt -o filenames; mapfile -t COMPREPLY < <(compgen -d -- "$word")
             return
             ;;
-        attach:-d | attach:--duration | attach:--min | attach:--slow | attach:--stack-budget | attach:--cpu-samples | attach:--ring-size | run:-d | run:--duration | run:--min | run:--slow | run:--stack-budget | run:--cpu-samples | run:--ring-size | report:--since | report:--until | report:--over | report:-o | report:--output | diff:-o | diff:--output | demo:-d | demo:--duration)
+        attach:-d | attach:--duration | attach:--min | attach:--slow | attach:--stack-budget | attach:--cpu-samples | attach:--without | attach:--ring-size | run:-d | run:--duration | run:--min | run:--slow | run:--stack-budget | run:--cpu-samples | run:--without | run:--ring-size | report:--since | report:--until | report:--over | report:-o | report:--output | diff:-o | diff:--output | demo:-d | demo:--duration)
             :
             return
             ;;
@@ -52,8 +52,8 @@ _latrace() {
     local words=''
     case "$verb" in
         '') words='attach run flame report diff doctor demo --version -h --help' ;;
-        attach) words='-p --pid -t --tid --comm --cgroup --children -d --duration -o --output -f --force --min --slow --no-stacks --stack-budget --cpu-samples --ring-size --json -v --verbose -q --quiet -h --help' ;;
-        run) words='--children -d --duration -o --output -f --force --min --slow --no-stacks --stack-budget --cpu-samples --ring-size --json -v --verbose -q --quiet -h --help' ;;
+        attach) words='-p --pid -t --tid --comm --cgroup --children -d --duration -o --output -f --force --min --slow --no-stacks --stack-budget --cpu-samples --without --ring-size --json -v --verbose -q --quiet -h --help' ;;
+        run) words='--children -d --duration -o --output -f --force --min --slow --no-stacks --stack-budget --cpu-samples --without --ring-size --json -v --verbose -q --quiet -h --help' ;;
         flame) words='-i --input --kind --format -f --force -q --quiet -h --help' ;;
         report) words='-i --input --since --until -t --tid --over --json -o --output -f --force -q --quiet -h --help' ;;
         diff) words='-o --output --kind --json -f --force -q --quiet -h --help' ;;

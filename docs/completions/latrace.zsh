@@ -34,6 +34,7 @@ case $line[1] in
             ''--no-stacks'[Take no stacks\: cheaper, no flame graph.]' \
             ''--stack-budget'[Take at most so many stacks per second.]:N: ' \
             ''--cpu-samples'[See what the targets do on the CPU, so many times a second on each; 0\: never.]:HZ: ' \
+            ''--without'[Leave out, to be cheaper\: causes (why a wait was long), culprits (who had the CPU then), interrupts (they count as the thread'\''s that they came in), sleeps (sleep calls).]:PART\[,PART\]: ' \
             ''--ring-size'[Buffer between kernel and latrace, a power of two\: 16M.]:SIZE: ' \
             ''--json'[Print the report as JSON, for machines.]' \
             '(-v --verbose)'{-v,--verbose}'[Say more on the way.]' \
@@ -51,6 +52,7 @@ case $line[1] in
             ''--no-stacks'[Take no stacks\: cheaper, no flame graph.]' \
             ''--stack-budget'[Take at most so many stacks per second.]:N: ' \
             ''--cpu-samples'[See what the targets do on the CPU, so many times a second on each; 0\: never.]:HZ: ' \
+            ''--without'[Leave out, to be cheaper\: causes (why a wait was long), culprits (who had the CPU then), interrupts (they count as the thread'\''s that they came in), sleeps (sleep calls).]:PART\[,PART\]: ' \
             ''--ring-size'[Buffer between kernel and latrace, a power of two\: 16M.]:SIZE: ' \
             ''--json'[Print the report as JSON, for machines.]' \
             '(-v --verbose)'{-v,--verbose}'[Say more on the way.]' \

@@ -34,22 +34,31 @@ CAPTURE = "capture"
 ELSEWHERE = ", another process"
 
 
-def latrace(*options: str, elsewhere: bool = False) -> Tool:
-    """latrace with more options."""
+def latrace(*options: str, name: str = "", elsewhere: bool = False) -> Tool:
+    """latrace with more options; by its name or, without one, by these."""
 
     def argv(pid: int, _comm: str, folder: Path) -> list[str]:
         target = ["--pid", str(pid), "-o", str(folder / CAPTURE), "--force"]
         return [LATRACE, "attach", *target, *options]
 
-    name = " ".join(["latrace", *options]) + (ELSEWHERE if elsewhere else "")
-    return Tool(name, argv, READY, elsewhere=elsewhere)
+    name = name or " ".join(["latrace", *options])
+    return Tool(name + (ELSEWHERE if elsewhere else ""), argv, READY, elsewhere=elsewhere)
 
 
 DEFAULT = latrace()
 ALL_ROWS = latrace("--min", "0")
 NO_STACKS = latrace("--no-stacks")
 NEIGHBOUR = latrace(elsewhere=True)
-OURS = (DEFAULT, ALL_ROWS, NO_STACKS, NEIGHBOUR)
+LESS = (
+    *(latrace("--without", part) for part in ("culprits", "interrupts", "causes", "sleeps")),
+    latrace("--cpu-samples", "0"),
+    latrace(
+        *("--without", "causes,sleeps", "--no-stacks", "--cpu-samples", "0"),
+        name="latrace, waits alone",
+    ),
+)
+"""What each part costs: latrace without it."""
+OURS = (DEFAULT, ALL_ROWS, NO_STACKS, *LESS, NEIGHBOUR)
 
 
 def _package(program: str, package: str) -> str | None:

@@ -193,6 +193,7 @@ def sample_manifest(**changes: Any) -> dict[str, Any]:
         **MANIFEST,
         "quality": quality,
         "steal_ns": 1_200_000,
+        "without": [],
         "cgroups_limited": [limited],
         **changes,
     }

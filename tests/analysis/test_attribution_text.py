@@ -84,7 +84,8 @@ def told(causes: dict[str, int], *entries: dict[str, Any], **more: Any) -> str:
         "culprits": entries,
         "culprit_processes": entries,
     }
-    return answer({"waits": waits, "selection": None, "throttling": [], **more})
+    capture = {"without": []}
+    return answer({"waits": waits, "selection": None, "throttling": [], "capture": capture, **more})
 
 
 # --- the sentence ------------------------------------------------------------------------------

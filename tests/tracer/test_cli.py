@@ -104,6 +104,7 @@ def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("attach --pid 1 --slow x", 2, "--slow 'x' is not a duration"),
         ("attach --pid 1 -d 0", 2, "--duration 0 is not a time to trace for"),
         ("attach --pid 1 --ring-size 3M", 2, "--ring-size 3M is not a power of two"),
+        ("attach --pid 1 --without stacks", 2, "no such part"),
         ("attach --pid 1 --stack-budget 0", 2, "Invalid value for '--stack-budget'"),
         ("attach --pid 4194304", 4, "no process 4194304"),
         ("attach --tid 4194304", 4, "no thread 4194304"),
@@ -281,6 +282,7 @@ def test_every_option_reaches_the_tracer(
     tracer: type[FakeTracer], target: subprocess.Popen[bytes], capsys: Captured
 ) -> None:
     options = "--min 50us --slow 1ms --no-stacks --stack-budget 7 --ring-size 1M --children -q"
+    options += " --cpu-samples 0 --without sleeps,culprits"
     pid = str(target.pid)
     arguments = ["attach", "-p", pid, "-t", pid, "--comm", "sleep", "--json", *options.split()]
     assert main([*arguments, "-o", "x.data"]) == 0
@@ -295,6 +297,8 @@ def test_every_option_reaches_the_tracer(
             slow_ns=1_000_000,
             stacks=False,
             stack_budget_per_s=7,
+            cpu_samples_hz=0,
+            without=frozenset({"sleeps", "culprits"}),
             ring_bytes=1 << 20,
         )
     ]

@@ -8,11 +8,13 @@ from typing import Annotated
 import typer
 
 from latrace.tracer.commands.quantities import parse_duration, parse_ring_size, parse_run_time
+from latrace.tracer.errors import UsageError
 from latrace.tracer.options import (
     DEFAULT_CPU_SAMPLES_HZ,
     DEFAULT_RING_BYTES,
     DEFAULT_SLOW_NS,
     DEFAULT_STACK_BUDGET_PER_S,
+    PARTS,
     Options,
 )
 from latrace.tracer.targets import Targets
@@ -77,6 +79,15 @@ CpuSamples = Annotated[
         help="See what the targets do on the CPU, so many times a second on each; 0: never.",
     ),
 ]
+Without = Annotated[
+    str | None,
+    typer.Option(
+        "--without",
+        metavar="PART[,PART]",
+        help="Leave out, to be cheaper: causes (why a wait was long), culprits (who had the CPU"
+        " then), interrupts (they count as the thread's that they came in), sleeps (sleep calls).",
+    ),
+]
 RingSize = Annotated[
     str,
     typer.Option(
@@ -108,6 +119,7 @@ def make_options(
     no_stacks: bool,
     stack_budget: int,
     cpu_samples: int,
+    without: str | None,
     ring_size: str,
 ) -> Options:
     """The tracer's options from the command line's texts. Raises `UsageError`."""
@@ -122,6 +134,17 @@ def make_options(
         stacks=not no_stacks,
         stack_budget_per_s=stack_budget,
         cpu_samples_hz=cpu_samples,
+        without=_parse_parts(without) if without is not None else frozenset(),
         ring_bytes=parse_ring_size(ring_size),
         duration_s=None if duration is None else parse_run_time(duration),
     )
+
+
+def _parse_parts(text: str) -> frozenset[str]:
+    parts = frozenset(part.strip() for part in text.split(","))
+    if unknown := sorted(parts - frozenset(PARTS)):
+        raise UsageError(
+            f"--without {unknown[0]!r}: there is no such part",
+            hint=f"parts are: {', '.join(PARTS)}",
+        )
+    return parts

@@ -47,6 +47,7 @@ def run(
     no_stacks: params.NoStacks = False,
     stack_budget: params.StackBudget = params.DEFAULT_BUDGET,
     cpu_samples: params.CpuSamples = params.DEFAULT_HZ,
+    without: params.Without = None,
     ring_size: params.RingSize = params.DEFAULT_RING,
     as_json: params.Json = False,
     verbose: params.Verbose = False,
@@ -81,6 +82,7 @@ def run(
                 no_stacks=no_stacks,
                 stack_budget=stack_budget,
                 cpu_samples=cpu_samples,
+                without=without,
                 ring_size=ring_size,
             )
             plan = Plan(
