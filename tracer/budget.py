@@ -133,7 +133,7 @@ class Budget:
         if busy and not self._said_resting:
             self._said_resting = True
             self._note(
-                "stacks are taken in a quarter of the time",
+                "stacks and the very ends of sleep calls are seen in a quarter of the time",
                 f"this host switches threads {rate:,.0f} times a second",
             )
 
