@@ -65,15 +65,10 @@ class Capture:
         `sleep`, the row in `sleeps` of the call that a wait lay in, is joined here: a call gets
         its row after its waits have theirs.
         """
-        waits, sleeps = self.table("waits"), self.sleeps
+        waits = self.table("waits")
         if waits["sleep"].null_count < waits.num_rows:
             return waits
-        found = sleep_of_waits(
-            *(_numpy(waits, name) for name in ("tid", "run_ns")),
-            *(_numpy(sleeps, name) for name in ("tid", "enter_ns", "exit_ns")),
-        )
-        column = waits.schema.get_field_index("sleep")
-        return waits.set_column(column, waits.schema.field(column), pa.array(found))
+        return _with_column(waits, "sleep", _calls_of(waits, self.table("sleeps")))
 
     @cached_property
     def slices(self) -> pa.Table:
@@ -82,8 +77,17 @@ class Capture:
 
     @cached_property
     def sleeps(self) -> pa.Table:
-        """One row for each recorded sleep call."""
-        return self.table("sleeps")
+        """One row for each recorded sleep call.
+
+        `stack` is joined here: that of the first wait in the call that has one.
+        """
+        sleeps = self.table("sleeps")
+        waits = self.table("waits", columns=("tid", "run_ns", "stack"))
+        call, stack = _calls_of(waits, sleeps), _numpy(waits, "stack", -1)
+        taken = np.flatnonzero((call >= 0) & (stack >= 0))[::-1]  # of several, the first one stays
+        found = np.full(sleeps.num_rows, -1, np.int32)
+        found[call[taken]] = stack[taken]
+        return _with_column(sleeps, "stack", found)
 
     @cached_property
     def samples(self) -> pa.Table:
@@ -284,9 +288,25 @@ def open_capture(path: str | os.PathLike[str] = DEFAULT_PATH) -> Capture:
 # --- tables ------------------------------------------------------------------------------------
 
 
-def _numpy(table: pa.Table, name: str) -> np.ndarray[Any, np.dtype[Any]]:
-    found: np.ndarray[Any, np.dtype[Any]] = table[name].fill_null(0).to_numpy()
+def _numpy(table: pa.Table, name: str, null: int = 0) -> np.ndarray[Any, np.dtype[Any]]:
+    found: np.ndarray[Any, np.dtype[Any]] = table[name].fill_null(null).to_numpy()
     return found
+
+
+def _calls_of(waits: pa.Table, sleeps: pa.Table) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Tell the row in `sleeps` of the call that each wait lay in, -1: none."""
+    return sleep_of_waits(
+        *(_numpy(waits, name) for name in ("tid", "run_ns")),
+        *(_numpy(sleeps, name) for name in ("tid", "enter_ns", "exit_ns")),
+    )
+
+
+def _with_column(
+    table: pa.Table, name: str, values: np.ndarray[Any, np.dtype[np.integer[Any]]]
+) -> pa.Table:
+    """Give a table other values in a column that it has."""
+    index = table.schema.get_field_index(name)
+    return table.set_column(index, table.schema.field(index), pa.array(values))
 
 
 def _last_of_each(table: pa.Table, key: Sequence[str]) -> pa.Table:

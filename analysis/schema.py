@@ -97,7 +97,7 @@ SLEEPS: Final = pa.schema(
         ("late_ns", pa.uint64()),  # the deadline was so long past at entry
         ("expirations", pa.uint64()),  # of a periodic timerfd
         ("ret", pa.int64()),  # null where not observed
-        ("stack", pa.int32()),
+        ("stack", pa.int32()),  # of a wait in it; -1 on disk, latrace.open() joins them
     ]
 )
 

@@ -356,6 +356,22 @@ def test_sleep_calls_without_counters_or_rows(tmp_path: Path) -> None:
     assert call["overshoot_ns"] == {"p50": 0, "p90": 0, "p99": 0, "max": 0}
 
 
+def test_a_sleep_call_has_the_stack_of_its_first_wait_with_one(tmp_path: Path) -> None:
+    tables = story()
+    tables["waits"]["sleep"] = [None] * (FAST + SLOW)
+    tables["waits"]["stack"] = np.arange(FAST + SLOW) % 3 - 1
+    write_capture(tmp_path / "a", tables)
+    capture = open_capture(tmp_path / "a")
+    first: dict[int, int] = {}
+    for wait in capture.waits.to_pylist():
+        if wait["sleep"] >= 0 and wait["stack"] >= 0:
+            first.setdefault(wait["sleep"], wait["stack"])
+    assert first
+    assert capture.sleeps["stack"].to_pylist() == [
+        first.get(row, -1) for row in range(capture.sleeps.num_rows)
+    ]
+
+
 def test_waits_find_their_sleep_call_by_thread_and_time(tmp_path: Path) -> None:
     tables = story()
     told = summary_of(tmp_path / "told", copy.deepcopy(tables), selection=Selection())
