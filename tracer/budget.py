@@ -36,8 +36,9 @@ _NEVER = 2**63 - 1
 _MAX_LEVEL = 30
 _RECENT_TICKS = 10
 
-_RESTING = ("lat_sched_exit", "lat_back")  # user stacks, and the very end of sleep calls
+_RESTING = {"lat_sched_exit": "stacks", "lat_back": "the very ends of sleep calls"}
 _BUSY_SWITCHES_PER_S = 150_000  # of each CPU
+_BUSY_WAITS_PER_S = 100_000  # of the targets
 _BUSY_SHARE = 4
 
 
@@ -62,6 +63,7 @@ class Budget:
     _said_slices: bool = False
     _slice_tokens: int = 0
     _last_switches: int = 0
+    _last_waits: int = 0
     _resting_ticks: int = 0
     _said_resting: bool = False
 
@@ -116,13 +118,18 @@ class Budget:
     def _rest(self, elapsed: float) -> None:
         """Hand out stacks for the next tick; on a busy host in one of several ticks only.
 
-        The program that takes user stacks runs at every switch of the host, whoever's it is: some
-        50 ns each. The time that passes without it is carried by the samples of the next tick that
-        has it, so widths stay unbiased; fewer samples make them coarser.
+        The programs in _RESTING run at every switch of the host, whoever's it is: some 50 ns each,
+        and as much again for a target's. The time that passes without them is carried by the
+        samples of the next tick that has them, so widths stay unbiased; fewer samples make them
+        coarser.
         """
-        switches = context_switches()
+        switches, waits = context_switches(), self.shared.waits()
         rate, self._last_switches = (switches - self._last_switches) / elapsed, switches
-        busy = rate > _BUSY_SWITCHES_PER_S * (os.cpu_count() or 1) and self.options.stacks
+        waited, self._last_waits = (waits - self._last_waits) / elapsed, waits
+        resting = [what for name, what in _RESTING.items() if name in self.probes.programs]
+        busy = bool(resting) and (
+            rate > _BUSY_SWITCHES_PER_S * (os.cpu_count() or 1) or waited > _BUSY_WAITS_PER_S
+        )
         self._resting_ticks = (self._resting_ticks + 1) % _BUSY_SHARE if busy else 0
         for name in _RESTING:
             self.probes.switch(name, on=not self._resting_ticks)
@@ -133,8 +140,8 @@ class Budget:
         if busy and not self._said_resting:
             self._said_resting = True
             self._note(
-                "stacks and the very ends of sleep calls are seen in a quarter of the time",
-                f"this host switches threads {rate:,.0f} times a second",
+                f"{' and '.join(resting)} are seen in a quarter of the time",
+                f"{rate:,.0f} switches and {waited:,.0f} waits of the targets a second",
             )
 
     def _adapt_slices(self, seconds: float) -> None:

@@ -324,7 +324,7 @@ class Tracer:
         lost = counters["lost_waits"] + counters["lost_threads"] + counters["lost_slices"]
         self._budget.note_loss(lost)
         return {
-            "waits": int(self._shared.hist["kinds"].sum()),
+            "waits": self._shared.waits(),
             "rows": counters["rows"],
             "samples": counters["samples"],
             "samples_lowest_hz": self._sampler.lowest_hz,

@@ -46,6 +46,10 @@ class Shared:
         """The per-CPU counters, summed."""
         return {name: int(self.cpus[name].sum()) for name in _COUNTERS}
 
+    def waits(self) -> int:
+        """How many waits the targets have had."""
+        return int(self.hist["kinds"].sum())
+
     def slot_counts(self) -> npt.NDArray[np.uint64]:
         """The wait histogram over all targets and CPUs, shape (HIST_SLOTS,)."""
         total: npt.NDArray[np.uint64] = self.hist["slots"].sum(axis=(0, 1))

@@ -6,7 +6,6 @@ import argparse
 import datetime
 import json
 import os
-import signal
 import sys
 import tempfile
 import time
@@ -102,8 +101,6 @@ def main(arguments: Sequence[str]) -> int:
         if (os.cpu_count() or 1) < 2:
             sys.stderr.write("error: measuring needs two CPUs\n")
             return 1
-        # Tracers end by Ctrl-C; what a shell's background job starts would ignore it.
-        signal.signal(signal.SIGINT, signal.default_int_handler)
         rounds = chosen.rounds or (_QUICK_ROUNDS if chosen.quick else _ROUNDS)
         document = measure(chosen.names, rounds=rounds, quick=chosen.quick)
         _write(chosen.json, json.dumps(document, indent=1) + "\n")
