@@ -222,7 +222,7 @@ def document() -> dict[str, Any]:
         tools.NEIGHBOUR.name: slower(1.005),
         "bpftrace runqlat, by name": slower(12.3456),
     }
-    ring = reader.DEFAULT_RING_BYTES
+    ring = reader.ALL_ROWS_RING_BYTES
     return {
         "schema": 1,
         "date": "2026-01-01 00:00 UTC",
@@ -315,7 +315,7 @@ def test_a_good_machine_keeps_all_promises() -> None:
         (f"pipe/contenders/{tools.NEIGHBOUR.name}", slower(1.03), "pipe: untraced"),
         (f"messaging/contenders/{tools.NEIGHBOUR.name}", slower(1.03), "messaging: untraced"),
         ("reader/runs/0/values", [150] * 10, "decode: less CPU than bcc's callback"),
-        ("loss/runs/0/lost_runs", 1, "1 M/s, default ring"),
+        ("loss/runs/0/lost_runs", 1, "1 M/s, ring of --min 0"),
         ("times/phases/start/first_event_s", flat(0.51), "command to first event"),
         ("times/phases/end/summary_s", flat(1.01), "summary after 1,000,000 waits"),
     ],

@@ -8,6 +8,9 @@ from pathlib import Path
 DEFAULT_SLOW_NS = 100_000
 DEFAULT_STACK_BUDGET_PER_S = 500
 DEFAULT_RING_BYTES = 16 << 20
+ALL_ROWS_RING_BYTES = 64 << 20
+"""Where every wait gets a row: room for a third of a second of a million a second, so that a batch
+can be written meanwhile (scripts/bench --only loss)."""
 DEFAULT_CPU_SAMPLES_HZ = 49
 """Not a divisor of any tick rate: in step with the tick, some code would never be seen."""
 

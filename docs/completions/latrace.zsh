@@ -35,7 +35,7 @@ case $line[1] in
             ''--stack-budget'[Take at most so many stacks per second.]:N: ' \
             ''--cpu-samples'[See what the targets do on the CPU, so many times a second on each; 0\: never.]:HZ: ' \
             ''--without'[Leave out, to be cheaper\: causes (why a wait was long), culprits (who had the CPU then), interrupts (they count as the thread'\''s that they came in), sleeps (sleep calls).]:PART\[,PART\]: ' \
-            ''--ring-size'[Buffer between kernel and latrace, a power of two\: 16M.]:SIZE: ' \
+            ''--ring-size'[Buffer between kernel and latrace, a power of two. Without it\: 16M; with --min 0\: 64M.]:SIZE: ' \
             ''--json'[Print the report as JSON, for machines.]' \
             '(-v --verbose)'{-v,--verbose}'[Say more on the way.]' \
             '(-q --quiet)'{-q,--quiet}'[Say nothing on the way but warnings.]' \
@@ -53,7 +53,7 @@ case $line[1] in
             ''--stack-budget'[Take at most so many stacks per second.]:N: ' \
             ''--cpu-samples'[See what the targets do on the CPU, so many times a second on each; 0\: never.]:HZ: ' \
             ''--without'[Leave out, to be cheaper\: causes (why a wait was long), culprits (who had the CPU then), interrupts (they count as the thread'\''s that they came in), sleeps (sleep calls).]:PART\[,PART\]: ' \
-            ''--ring-size'[Buffer between kernel and latrace, a power of two\: 16M.]:SIZE: ' \
+            ''--ring-size'[Buffer between kernel and latrace, a power of two. Without it\: 16M; with --min 0\: 64M.]:SIZE: ' \
             ''--json'[Print the report as JSON, for machines.]' \
             '(-v --verbose)'{-v,--verbose}'[Say more on the way.]' \
             '(-q --quiet)'{-q,--quiet}'[Say nothing on the way but warnings.]' \

@@ -12,7 +12,7 @@ import tempfile
 from functools import partial
 from typing import Any
 
-from latrace.tracer.options import DEFAULT_RING_BYTES
+from latrace.tracer.options import ALL_ROWS_RING_BYTES, DEFAULT_RING_BYTES
 
 from .children import OUR_ENVIRONMENT, python
 from .context import Context
@@ -28,26 +28,26 @@ READERS = {
     "decoded": "bcc callback, ctypes",
 }
 RATES = (100_000, 500_000, 1_000_000, 0)
-RINGS = (1 << 20, 4 << 20, DEFAULT_RING_BYTES, 64 << 20)
+RINGS = (1 << 20, 4 << 20, DEFAULT_RING_BYTES, ALL_ROWS_RING_BYTES)
 SECONDS, QUICK_SECONDS = 1.0, 0.3
 GOAL_RATE, LOSS_RATE = 500_000, 1_000_000
 _TIMEOUT_S = 60
 
 
 def run_readers(context: Context) -> dict[str, Any]:
-    """All readers at all rates, with the default ring."""
+    """All readers at all rates, with the ring that `--min 0` has."""
     rates = (GOAL_RATE,) if context.quick else RATES
     results = context.interleave(
         {
-            f"{reader} {per_s}": partial(_drain, context, reader, DEFAULT_RING_BYTES, per_s)
+            f"{reader} {per_s}": partial(_drain, context, reader, ALL_ROWS_RING_BYTES, per_s)
             for per_s in rates
             for reader in READERS
         }
     )
     return {
-        "ring_bytes": DEFAULT_RING_BYTES,
+        "ring_bytes": ALL_ROWS_RING_BYTES,
         "runs": [
-            _summary(reader, DEFAULT_RING_BYTES, per_s, results[f"{reader} {per_s}"])
+            _summary(reader, ALL_ROWS_RING_BYTES, per_s, results[f"{reader} {per_s}"])
             for per_s in rates
             for reader in READERS
             if f"{reader} {per_s}" in results
@@ -57,7 +57,7 @@ def run_readers(context: Context) -> dict[str, Any]:
 
 def run_loss(context: Context) -> dict[str, Any]:
     """latrace's whole drain at all rates and ring sizes."""
-    rings = (RINGS[0], DEFAULT_RING_BYTES) if context.quick else RINGS
+    rings = (RINGS[0], ALL_ROWS_RING_BYTES) if context.quick else RINGS
     rates = (LOSS_RATE,) if context.quick else RATES
     results = context.interleave(
         {
@@ -192,11 +192,11 @@ def loss_goals(result: dict[str, Any]) -> list[Goal]:
     """The promise for losses."""
     return [
         Goal(
-            f"{rate(LOSS_RATE)}, default ring, 2 CPUs",
+            f"{rate(LOSS_RATE)}, ring of --min 0, 2 CPUs",
             "none lost",
             f"{run['lost_share']['high']:.2%} at most",
             run["lost_runs"] == 0,
         )
         for run in result["runs"]
-        if run["asked_per_s"] == LOSS_RATE and run["ring_bytes"] == DEFAULT_RING_BYTES
+        if run["asked_per_s"] == LOSS_RATE and run["ring_bytes"] == ALL_ROWS_RING_BYTES
     ]

@@ -278,6 +278,22 @@ def test_a_trace_speaks_on_stderr_and_answers_on_stdout(
     assert tracer.left_with is None
 
 
+@pytest.mark.parametrize(
+    ("options", "ring_bytes"),
+    [
+        ("", 16 << 20),
+        ("--min 50us", 16 << 20),
+        ("--min 0", 64 << 20),
+        ("--min 0 --ring-size 4M", 4 << 20),
+    ],
+)
+def test_every_wait_in_detail_has_a_larger_ring(
+    tracer: type[FakeTracer], target: subprocess.Popen[bytes], options: str, ring_bytes: int
+) -> None:
+    assert main(["attach", "-p", str(target.pid), "-q", "--json", *options.split()]) == 0
+    assert [seen.ring_bytes for seen in tracer.seen] == [ring_bytes]
+
+
 def test_every_option_reaches_the_tracer(
     tracer: type[FakeTracer], target: subprocess.Popen[bytes], capsys: Captured
 ) -> None:

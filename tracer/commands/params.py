@@ -10,6 +10,7 @@ import typer
 from latrace.tracer.commands.quantities import parse_duration, parse_ring_size, parse_run_time
 from latrace.tracer.errors import UsageError
 from latrace.tracer.options import (
+    ALL_ROWS_RING_BYTES,
     DEFAULT_CPU_SAMPLES_HZ,
     DEFAULT_RING_BYTES,
     DEFAULT_SLOW_NS,
@@ -89,11 +90,12 @@ Without = Annotated[
     ),
 ]
 RingSize = Annotated[
-    str,
+    str | None,
     typer.Option(
         "--ring-size",
         metavar="SIZE",
-        help="Buffer between kernel and latrace, a power of two: 16M.",
+        help="Buffer between kernel and latrace, a power of two."
+        " Without it: 16M; with --min 0: 64M.",
     ),
 ]
 Children = Annotated[
@@ -105,7 +107,6 @@ Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Say more on the 
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Say nothing on the way but warnings.")]
 
 DEFAULT_SLOW = f"{DEFAULT_SLOW_NS // 1000}us"
-DEFAULT_RING = f"{DEFAULT_RING_BYTES >> 20}M"
 DEFAULT_BUDGET = DEFAULT_STACK_BUDGET_PER_S
 DEFAULT_HZ = DEFAULT_CPU_SAMPLES_HZ
 
@@ -120,22 +121,27 @@ def make_options(
     stack_budget: int,
     cpu_samples: int,
     without: str | None,
-    ring_size: str,
+    ring_size: str | None,
 ) -> Options:
     """The tracer's options from the command line's texts. Raises `UsageError`."""
+    min_ns = None if minimum is None else parse_duration(minimum, option="--min")
+    if ring_size is not None:
+        ring_bytes = parse_ring_size(ring_size)
+    else:
+        ring_bytes = ALL_ROWS_RING_BYTES if min_ns == 0 else DEFAULT_RING_BYTES
     return Options(
         pids=targets.pids,
         tids=targets.tids,
         comms=targets.comms,
         cgroups=targets.cgroups,
         children=targets.children,
-        min_ns=None if minimum is None else parse_duration(minimum, option="--min"),
+        min_ns=min_ns,
         slow_ns=parse_duration(slow, option="--slow"),
         stacks=not no_stacks,
         stack_budget_per_s=stack_budget,
         cpu_samples_hz=cpu_samples,
         without=_parse_parts(without) if without is not None else frozenset(),
-        ring_bytes=parse_ring_size(ring_size),
+        ring_bytes=ring_bytes,
         duration_s=None if duration is None else parse_run_time(duration),
     )
 

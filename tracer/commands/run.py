@@ -48,7 +48,7 @@ def run(
     stack_budget: params.StackBudget = params.DEFAULT_BUDGET,
     cpu_samples: params.CpuSamples = params.DEFAULT_HZ,
     without: params.Without = None,
-    ring_size: params.RingSize = params.DEFAULT_RING,
+    ring_size: params.RingSize = None,
     as_json: params.Json = False,
     verbose: params.Verbose = False,
     quiet: params.Quiet = False,
