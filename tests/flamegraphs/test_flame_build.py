@@ -348,7 +348,8 @@ def test_the_root_is_exact_with_causes_too(
     assert profile.total_us == round(Fraction(exact_ns, 1000))
     for cause in CAUSES if sum(total.values()) else ():
         drawn = [us for stack, us in profile.stacks if stack[0].name == f"[waiting: {cause}]"]
-        assert abs(sum(drawn) * 1000 - total[cause]) < 1000 * max(1, len(drawn))
+        # Of two stacks, the sampled one and the rest; one that is rounded to nothing is not drawn.
+        assert abs(sum(drawn) * 1000 - total[cause]) < 2 * 1000
     assert not profile.warnings
 
 
