@@ -86,6 +86,9 @@ class Cast:
                 )
             )
             self._players = players.pop_all()
+        # It is about the hog: where there is another CPU, latrace itself keeps off this one.
+        if others := os.sched_getaffinity(0) - {self.cpu}:
+            os.sched_setaffinity(0, others)
         return self
 
     def __exit__(

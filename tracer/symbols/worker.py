@@ -63,6 +63,10 @@ def drop_rights(keep: int) -> None:
         resource.setrlimit(which, (bound, bound))
 
 
+# Names can wait, and the targets should not: what they wait for must not be this.
+_NICENESS = 10
+
+
 def rehearse(demangler: Demangler) -> None:
     """Do once what requests will ask for, on the interpreter's own file.
 
@@ -155,6 +159,7 @@ class _Server:
 
 def main() -> int:
     """Serve until the tracer hangs up."""
+    os.nice(_NICENESS)
     connection = socket.socket(fileno=int(sys.argv[1]))
     demangler = Demangler()
     rehearse(demangler)
