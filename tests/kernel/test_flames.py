@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from tracing import Traced, build, trace
 
-from latrace.flamegraphs import KINDS, Profile, build_profile
+from latrace.flamegraphs import KINDS, build_profile
 from latrace.flamegraphs.build import CAUSES, CULPRITS
 from latrace.flamegraphs.profile import NOT_ITEMISED
 from latrace.tracer.options import Options
@@ -26,10 +26,6 @@ def fight(tmp_path_factory: pytest.TempPathFactory) -> Traced:
 
 def total(traced: Traced, column: str) -> int:
     return int(sum(traced.capture.totals.column(column).to_pylist()))
-
-
-def width(profile: Profile, *roots: str) -> int:
-    return sum(us for stack, us in profile.stacks if stack[0].name.startswith(roots))
 
 
 def test_causes_are_as_wide_as_the_kernel_counted(fight: Traced) -> None:

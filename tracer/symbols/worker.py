@@ -29,6 +29,8 @@ MEMORY_LIMIT: Final = 2 << 30
 """Address space, in bytes: above what the largest accepted file needs."""
 REQUEST_CPU_S: Final = 20
 LIFETIME_CPU_S: Final = 3600
+NICENESS: Final = 10
+"""Names can wait, and the targets should not: what they wait for must not be this."""
 MAX_DEBUG_FILE: Final = 1 << 30
 """A debug file without a build id is read whole, for its checksum."""
 
@@ -61,10 +63,6 @@ def drop_rights(keep: int) -> None:
         hard = resource.getrlimit(which)[1]
         bound = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
         resource.setrlimit(which, (bound, bound))
-
-
-# Names can wait, and the targets should not: what they wait for must not be this.
-_NICENESS = 10
 
 
 def rehearse(demangler: Demangler) -> None:
@@ -159,7 +157,7 @@ class _Server:
 
 def main() -> int:
     """Serve until the tracer hangs up."""
-    os.nice(_NICENESS)
+    os.nice(NICENESS)
     connection = socket.socket(fileno=int(sys.argv[1]))
     demangler = Demangler()
     rehearse(demangler)
