@@ -112,16 +112,27 @@ def unseen(scene: Scene) -> int:
     return parts(scene.traced.capture.totals)["unknown"] - parts(scene.waits)["unknown"]
 
 
-def waited_all_it_did_not_run(scene: Scene) -> bool:
-    """Whether the waits of a victim that only computes are its time off the CPU, to 1 %.
+def waited_between(table: pa.Table, start_ns: float, end_ns: float) -> int:
+    """The waiting time of rows that lies between two moments, in ns."""
+    run = ints(table, "run_ns")
+    start = np.maximum(run - ints(table, "wait_ns"), start_ns)
+    return int(np.maximum(np.minimum(run, end_ns) - start, 0).sum())
+
+
+def assert_waited_all_it_did_not_run(scene: Scene, *, within: float = 0.01) -> None:
+    """Assert that the waits of a victim that only computes are its time off the CPU.
 
     What the hypervisor stole while it was on the CPU is in neither of the two: the kernel does not
     count it as run (kernel/sched/core.c: update_rq_clock_task()), and nobody waited for it here.
     """
     facts, stolen = scene.traced.facts, scene.traced.capture.manifest["steal_ns"]
-    total = waited(scene.waits) + unseen(scene)
-    off_cpu = facts["wall_ns"] - facts["cpu_ns"]
-    return 0.99 * off_cpu - stolen <= total <= 1.01 * off_cpu
+    start, end = facts["start_ns"], facts["end_ns"]
+    rows, hidden = waited_between(scene.waits, start, end), unseen(scene)
+    off_cpu = end - start - facts["cpu_ns"]
+    tolerance = within * off_cpu
+    assert off_cpu - tolerance - stolen - hidden <= rows <= off_cpu + tolerance, (
+        f"{rows} ns of rows and {hidden} ns unseen, {off_cpu} ns off the CPU, {stolen} ns stolen"
+    )
 
 
 def waited(table: pa.Table) -> int:

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 from cgroups import Group
 from invariants import ints, names, parts
-from scenes import Scene, Stage, unseen, waited, waited_all_it_did_not_run
+from scenes import Scene, Stage, assert_waited_all_it_did_not_run, unseen, waited
 
 pytestmark = pytest.mark.kernel
 
@@ -40,7 +40,7 @@ def test_alone_with_a_quota(stage: Stage) -> None:
     group.limit(QUOTA_US)
     scene = stage.play("spin", 2000, group=group)
     total, throttled = waited(scene.waits), parts(scene.waits)["throttled"]
-    assert waited_all_it_did_not_run(scene)
+    assert_waited_all_it_did_not_run(scene)
     assert throttled >= 0.95 * total
     books = group.throttling().throttled_ns
     assert throttled == pytest.approx(books, abs=0.02 * books + unseen(scene))
@@ -57,7 +57,7 @@ def test_with_a_neighbour_as_well(stage: Stage) -> None:
     with stage.neighbour("hog", "next-door", group=next_door) as hog:
         scene = stage.play("spin", 3000, group=group)
     total, ours = waited(scene.waits), parts(scene.waits)
-    assert waited_all_it_did_not_run(scene)
+    assert_waited_all_it_did_not_run(scene)
     throttled = group.throttling().throttled_ns
     # To 2 % of the waiting time: neither is taken for the other.
     assert ours["throttled"] == pytest.approx(throttled, abs=0.02 * total)

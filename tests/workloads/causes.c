@@ -4,7 +4,7 @@
  * Pins itself to CPU, waits for a byte on standard input (so that a tracer can attach, or the test
  * can move it), does its work for MS ms (0: until a SIGTERM) and prints one line `name value` for
  * each fact that the test holds the trace to. Times are the program's own, in ns.
- *   spin             computes; `cpu_ns` of `wall_ns` it ran
+ *   spin             computes from `start_ns` to `end_ns`; `cpu_ns` of that it ran
  *   batch SLEEP_US   SCHED_BATCH: sleeps, computes 200 us; `late_ns` over what it asked for
  *   own N            N threads compute; `thread<I>` their tids, `cpu<I>_ns` what each ran
  *   burnt SLEEP_US   a thread computes at nice 19, the first thread sleeps; `late_ns`
@@ -126,13 +126,24 @@ static void ready(const char *name)
 	end_ns = ms ? now_ns() + ms * 1000000 : INT64_MAX;
 }
 
+/* Both clocks at one moment: read again where the thread was off the CPU between the two. */
+static void read_clocks(int64_t *wall, int64_t *ran)
+{
+	do {
+		*wall = now_ns();
+		*ran = clock_ns(CLOCK_THREAD_CPUTIME_ID);
+	} while (now_ns() - *wall > 100000);
+}
+
 static void spin_mode(void)
 {
-	int64_t wall = now_ns(), ran = clock_ns(CLOCK_THREAD_CPUTIME_ID);
+	int64_t start, ran_before, end, ran;
 
+	read_clocks(&start, &ran_before);
 	burn(end_ns);
-	printf("wall_ns %lld\n", (long long)(now_ns() - wall));
-	printf("cpu_ns %lld\n", (long long)(clock_ns(CLOCK_THREAD_CPUTIME_ID) - ran));
+	read_clocks(&end, &ran);
+	printf("start_ns %lld\nend_ns %lld\n", (long long)start, (long long)end);
+	printf("cpu_ns %lld\n", (long long)(ran - ran_before));
 }
 
 static void sleepy(long us, int64_t work_ns)
