@@ -101,6 +101,70 @@ SLEEPS: Final = pa.schema(
     ]
 )
 
+RETRANSMITS: Final = pa.schema(
+    [
+        ("ts_ns", pa.uint64()),
+        ("kind", NAME),  # rto, fast, tlp, synack, unknown
+        ("segs", pa.uint16()),  # as the socket's own counter has them
+        ("total_retrans", pa.uint32()),  # that counter, after it
+        ("err", pa.int32()),  # of sending it; 0: none
+        ("family", NAME),  # inet, inet6
+        ("saddr", NAME),
+        ("sport", pa.uint16()),
+        ("daddr", NAME),
+        ("dport", pa.uint16()),
+        ("state", NAME),
+        ("seq", pa.uint32()),
+        ("len", pa.uint32()),  # in sequence numbers: bytes, and one for SYN or FIN
+        ("tgid", pa.int32()),  # who used the socket last; not whom the interrupt came to
+        ("tid", pa.int32()),  # 0: nobody was seen to use it
+        ("netns", pa.uint64()),
+        ("cookie", pa.uint64()),
+        ("srtt_us", pa.uint32()),
+        ("rto_us", pa.uint32()),
+        ("cwnd", pa.uint32()),
+        ("ssthresh", pa.uint32()),
+        ("in_flight", pa.uint32()),
+    ]
+)
+
+SOCKET_EVENTS: Final = pa.schema(
+    [
+        ("ts_ns", pa.uint64()),
+        ("event", NAME),  # recovered; received: the first time after a retransmit
+        ("cookie", pa.uint64()),
+        ("netns", pa.uint64()),
+        ("tgid", pa.int32()),
+        ("tid", pa.int32()),
+    ]
+)
+
+_TCP_INFO: Final = (
+    "rtt_us", "rttvar_us", "rto_us", "cwnd", "ssthresh", "total_retrans", "segs_out", "segs_in",
+    "bytes_sent", "bytes_retrans", "bytes_acked", "bytes_received",
+    "delivery_rate",  # bytes/s
+)  # fmt: skip
+
+CONNECTIONS: Final = pa.schema(
+    [
+        ("cookie", pa.uint64()),
+        ("netns", pa.uint64()),
+        ("family", NAME),
+        ("saddr", NAME),
+        ("sport", pa.uint16()),
+        ("daddr", NAME),
+        ("dport", pa.uint16()),
+        ("tgid", pa.int32()),  # of those that have it open, one
+        ("owners", pa.list_(pa.int32())),  # the processes that have it open
+        ("state", NAME),
+        ("congestion", NAME),  # the algorithm's name; "": not seen
+        ("closed_ns", pa.uint64()),  # null: open when the trace ended
+        # TCP_INFO (include/uapi/linux/tcp.h). Null at the start: the connection came later.
+        *((f"start_{name}", pa.uint64()) for name in _TCP_INFO),
+        *((f"end_{name}", pa.uint64()) for name in _TCP_INFO),
+    ]
+)
+
 SAMPLES: Final = pa.schema(
     [
         ("ts_ns", pa.uint64()),
@@ -198,6 +262,9 @@ TABLES: Final[Mapping[str, pa.Schema]] = MappingProxyType(
         "slices": SLICES,
         "sleeps": SLEEPS,
         "samples": SAMPLES,
+        "retransmits": RETRANSMITS,
+        "socket_events": SOCKET_EVENTS,
+        "connections": CONNECTIONS,
         "stacks": STACKS,
         "frames": FRAMES,
         "threads": THREADS,

@@ -413,6 +413,9 @@ _TABLES: Final = {
     "slices": "What ran on a CPU while a target waited there: who held each recorded wait up.",
     "sleeps": "One row for each recorded sleep call; `waits.sleep` is a row number in here.",
     "samples": "What the targets did on the CPU, sampled by the clock.",
+    "retransmits": "TCP segments that the sockets of the targets sent once more.",
+    "socket_events": "What came of those losses.",
+    "connections": "TCP connections: those open at the end, and those closed before it.",
     "stacks": "The stacks that the other tables point to.",
     "frames": "The frames that the stacks are made of.",
     "threads": "One row for each thread that was traced, written when it ended or the trace did.",
@@ -420,7 +423,7 @@ _TABLES: Final = {
     "totals": "Counters of each process, from the kernel: exact.",
 }
 
-_UNITS: Final = {"_ns": "nanoseconds"}
+_UNITS: Final = {"_ns": "nanoseconds", "_us": "microseconds"}
 
 
 def _column_comments() -> Mapping[tuple[str, str], str]:

@@ -12,6 +12,8 @@
 	({ u64 v_; asm volatile("%0 = *(u64 *)(%1 + %2)" : "=r"(v_) : "r"(p), "i"(off)); v_; })
 #define LD32(p, off) \
 	({ u64 v_; asm volatile("%0 = *(u32 *)(%1 + %2)" : "=r"(v_) : "r"(p), "i"(off)); v_; })
+#define LD16(p, off) \
+	({ u64 v_; asm volatile("%0 = *(u16 *)(%1 + %2)" : "=r"(v_) : "r"(p), "i"(off)); v_; })
 #define LD8(p, off) \
 	({ u64 v_; asm volatile("%0 = *(u8 *)(%1 + %2)" : "=r"(v_) : "r"(p), "i"(off)); v_; })
 

@@ -13,7 +13,8 @@
 #define COMM_BYTES 16
 
 enum record_type {
-	RECORD_WAIT = 1, RECORD_STACK, RECORD_THREAD, RECORD_SLICE, RECORD_SLEEP, RECORD_SAMPLE
+	RECORD_WAIT = 1, RECORD_STACK, RECORD_THREAD, RECORD_SLICE, RECORD_SLEEP, RECORD_SAMPLE,
+	RECORD_RETRANSMIT, RECORD_SOCKET, RECORD_CLOSED
 };
 enum waker_ctx { CTX_TASK, CTX_SOFTIRQ, CTX_HARDIRQ, CTX_UNKNOWN };
 enum thread_event { THREAD_SEEN, THREAD_FORK, THREAD_EXEC, THREAD_RENAME, THREAD_EXIT, THREAD_END };
@@ -82,6 +83,31 @@ struct sample_record {
 	u64 ts_ns, weight_ns, stack_key;
 };
 
+/* A TCP socket of a target: segments sent once more (RECORD_RETRANSMIT); all that was lost has
+ * arrived, or the first thread that received something after a loss (RECORD_SOCKET); it is closed
+ * (RECORD_CLOSED). */
+enum socket_event { SOCKET_RECOVERED, SOCKET_RECEIVED };
+enum retransmit_kind { RETRANS_UNKNOWN, RETRANS_RTO, RETRANS_FAST, RETRANS_TLP, RETRANS_SYNACK };
+
+struct socket_record {
+	u8 type, event, kind, state;	/* state: include/net/tcp_states.h */
+	u16 family, sport, dport, segs;	/* dport: in network order */
+	s32 err;
+	u64 ts_ns, cookie;
+	u32 tgid, tid;			/* who used the socket last; tid 0: not seen */
+	u32 netns, total_retrans, seq, len, srtt_us, rto_jiffies, cwnd, ssthresh, in_flight;
+	u32 rttvar_us;			/* this and the next: of a closed one alone */
+	u64 bytes_sent, bytes_retrans, bytes_acked, bytes_received;
+	u32 segs_out, segs_in, rate_delivered, rate_interval_us, mss, pad;
+	u8 saddr[16], daddr[16];
+};
+
+/* Written by an iterator: a process that has a socket of a target open. */
+struct socket_owner {
+	u64 cookie;
+	u32 tgid, netns, total_retrans, state;
+};
+
 #define STACK_CELL_FRAMES 20
 #define STACK_KERNEL_FRAMES 40
 #define STACK_USER_FRAMES 120
@@ -138,7 +164,8 @@ struct cpu_state {
 	u64 timed_waits, timed_ns, kernel_ns, kernel_count, blind_waits, blind_ns, unbooked;
 	u64 unseen_ns;			/* waits whose events were not fired */
 	u64 lost_sleeps, never_blocked, zero_timeout;
-	u64 pad[2];			/* no two CPUs share a cache line */
+	u64 lost_sockets;
+	u64 pad[1];			/* no two CPUs share a cache line */
 };
 
 struct comm_pattern { u64 value[2], mask[2]; };
@@ -154,6 +181,7 @@ struct control {
 	u64 slice_ns;			/* waits below this get no slices */
 	s64 slice_tokens;		/* slices that may still be sent in this tick */
 	u32 follow_forks, comms, cgroups, self_tgid;
+	u32 all_sockets, pad;		/* retransmits of everybody */
 	struct comm_pattern comm[PATTERNS];
 	struct cgroup_id cgroup[PATTERNS];
 };

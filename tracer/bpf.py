@@ -21,8 +21,10 @@ _MAP_CREATE, _MAP_LOOKUP, _MAP_UPDATE, _MAP_NEXT_KEY = 0, 1, 2, 4
 _PROG_LOAD, _OBJ_GET_INFO, _RAW_TRACEPOINT_OPEN, _BTF_LOAD = 5, 15, 17, 18
 _LINK_CREATE, _ENABLE_STATS, _ITER_CREATE = 28, 32, 33
 TYPE_PERF_EVENT, TYPE_TRACING = 7, 26
-_MAP_TASK_STORAGE = 29
+_MAP_SOCKET_STORAGE, _MAP_TASK_STORAGE = 24, 29
 _ATTACH_RAW_TRACEPOINT, _ATTACH_ITER = 23, 28
+CLONED = 1 << 9
+"""BPF_F_CLONE: an accepted socket begins with what is stored with the one that listened."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -56,7 +58,7 @@ def create_map(shape: Map) -> int:
         shape.flags,
         shape.name.encode()[:15],
     )
-    if shape.kind != _MAP_TASK_STORAGE:
+    if shape.kind not in {_MAP_TASK_STORAGE, _MAP_SOCKET_STORAGE}:
         return _bpf(_MAP_CREATE, attributes)
     blob = _key_and_value_types(shape.value_bytes)
     buffer = ctypes.create_string_buffer(blob, len(blob))
@@ -71,8 +73,8 @@ def create_map(shape: Map) -> int:
 
 
 def _key_and_value_types(value_bytes: int) -> bytes:
-    """BTF of what task storage asks for (Documentation/bpf/btf.rst): type 1, the key, an int;
-    type 2, the value, a struct of so many bytes."""
+    """BTF of what storage with a task or a socket asks for (Documentation/bpf/btf.rst): type 1, the
+    key, an int; type 2, the value, a struct of so many bytes."""
     strings = b"\0int\0value\0"
     types = struct.pack("<4I", 1, 1 << 24, 4, 1 << 24 | 32) + struct.pack(
         "<3I", 5, 4 << 24, value_bytes

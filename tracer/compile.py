@@ -39,6 +39,7 @@ SOURCES = (
     "identity.bpf.c",
     "oncpu.bpf.c",
     "tasks.bpf.c",
+    "tcp.bpf.c",
 )
 
 # Constants of the probes ← fields of the running kernel. All must exist.
@@ -112,6 +113,54 @@ _SLEEP_OFFSETS = {
     "OFF_REGS_ARG4": ("pt_regs", "r8"),
 }
 
+# What retransmits are told by: all of them, or they are not traced.
+_TCP_OFFSETS = {
+    "OFF_SK_FAMILY": ("sock", "__sk_common.skc_family"),
+    "OFF_SK_STATE": ("sock", "__sk_common.skc_state"),
+    "OFF_SK_NUM": ("sock", "__sk_common.skc_num"),
+    "OFF_SK_DPORT": ("sock", "__sk_common.skc_dport"),
+    "OFF_SK_SADDR": ("sock", "__sk_common.skc_rcv_saddr"),
+    "OFF_SK_DADDR": ("sock", "__sk_common.skc_daddr"),
+    "OFF_SK_SADDR6": ("sock", "__sk_common.skc_v6_rcv_saddr"),
+    "OFF_SK_DADDR6": ("sock", "__sk_common.skc_v6_daddr"),
+    "OFF_SK_NET": ("sock", "__sk_common.skc_net"),
+    "OFF_SK_PROTOCOL": ("sock", "sk_protocol"),
+    "OFF_NET_INUM": ("net", "ns.inum"),
+    "OFF_SOCKET_SK": ("socket", "sk"),
+    "OFF_SKB_CB": ("sk_buff", "cb"),
+    "OFF_CB_SEQ": ("tcp_skb_cb", "seq"),
+    "OFF_CB_END_SEQ": ("tcp_skb_cb", "end_seq"),
+    "OFF_CA_STATE": ("inet_connection_sock", "icsk_ca_state"),
+    "OFF_PENDING": ("inet_connection_sock", "icsk_pending"),
+    "OFF_RTO": ("inet_connection_sock", "icsk_rto"),
+    "OFF_TOTAL_RETRANS": ("tcp_sock", "total_retrans"),
+    "OFF_SRTT_US": ("tcp_sock", "srtt_us"),
+    "OFF_CWND": ("tcp_sock", "snd_cwnd"),
+    "OFF_SSTHRESH": ("tcp_sock", "snd_ssthresh"),
+    "OFF_PACKETS_OUT": ("tcp_sock", "packets_out"),
+    "OFF_SACKED_OUT": ("tcp_sock", "sacked_out"),
+    "OFF_LOST_OUT": ("tcp_sock", "lost_out"),
+    "OFF_RETRANS_OUT": ("tcp_sock", "retrans_out"),
+    "OFF_RTTVAR": ("tcp_sock", "mdev_us"),
+    "OFF_BYTES_SENT": ("tcp_sock", "bytes_sent"),
+    "OFF_BYTES_RETRANS": ("tcp_sock", "bytes_retrans"),
+    "OFF_BYTES_ACKED": ("tcp_sock", "bytes_acked"),
+    "OFF_BYTES_RECEIVED": ("tcp_sock", "bytes_received"),
+    "OFF_SEGS_OUT": ("tcp_sock", "segs_out"),
+    "OFF_SEGS_IN": ("tcp_sock", "segs_in"),
+    "OFF_RATE_DELIVERED": ("tcp_sock", "rate_delivered"),
+    "OFF_RATE_INTERVAL": ("tcp_sock", "rate_interval_us"),
+    "OFF_MSS": ("tcp_sock", "mss_cache"),
+}
+_TCP_TRACEPOINTS = {
+    "lat_retransmit": "tcp_retransmit_skb",
+    "lat_synack": "tcp_retransmit_synack",
+    "lat_socket_state": "inet_sock_set_state",
+    "lat_sent": "sock_send_length",  # 6e6eda44b939 (6.3), as the next one
+    "lat_received": "sock_recv_length",
+    "lat_recovered": "tcp_cong_state_set",  # c6dbb7d0ddd7 (5.19)
+}
+
 _TRACEPOINTS = {
     "lat_waking": "sched_waking",
     "lat_wakeup": "sched_wakeup",
@@ -142,7 +191,11 @@ _PARTS = {
     0x7FFFFF06: "lat_elsewhere",
     0x7FFFFF07: "lat_moved",
 }
-ITERATORS = ("lat_iter_seed", "lat_iter_end")
+ITERATORS = {
+    "lat_iter_seed": "bpf_iter_task",
+    "lat_iter_end": "bpf_iter_task",
+    "lat_iter_sockets": "bpf_iter_task_file",
+}
 ON_CPU = "lat_on_cpu"
 """Runs at the tick of a clock: see tracer/sampling.py."""
 MAPS = (
@@ -209,6 +262,18 @@ def _sleep_constants(btf: Btf) -> dict[str, int]:
     }
 
 
+def _tcp_constants(btf: Btf) -> dict[str, int]:
+    """What the probes need to tell of retransmits; empty where this kernel lacks a part."""
+    found = {name: btf.offset(*field) for name, field in _TCP_OFFSETS.items()}
+    constants = {name: offset for name, offset in found.items() if offset is not None}
+    if len(constants) < len(found) or not all(map(btf.tracepoint, _TCP_TRACEPOINTS.values())):
+        return {}
+    # ad892e912b84 (6.17) added what became of it.
+    if btf.tracepoint_arguments("tcp_retransmit_skb") >= 3:
+        constants["RETRANSMIT_HAS_ERR"] = 1
+    return constants | {"TCP_TRACED": 1}
+
+
 def pid_max() -> int:
     """One more than the largest process id of this kernel."""
     return int(Path("/proc/sys/kernel/pid_max").read_text())
@@ -256,6 +321,8 @@ def compile_probes(btf: Btf, switches: dict[str, int]) -> Compiled:
     constants = kernel_constants(btf) | switches
     if switches["SLEEPS_SEEN"]:
         constants |= _sleep_constants(btf)
+    if switches["TCP_SEEN"]:
+        constants |= _tcp_constants(btf)
     constants["USER_STACKS"] = int(user_stacks)
     constants["ORDERED_LOADS"] = int(platform.machine() in {"x86_64", "s390x"})
     flags = [f"-D{name}={value}" for name, value in constants.items()]
@@ -279,12 +346,18 @@ def compile_probes(btf: Btf, switches: dict[str, int]) -> Compiled:
         wanted["lat_timer_start"] = "hrtimer_start"
         if btf.tracepoint("rseq_update") is not None:  # needs CONFIG_RSEQ
             wanted["lat_back"] = "rseq_update"
+    maps, iterators = list(MAPS), dict(ITERATORS)
+    if "TCP_TRACED" in constants:
+        wanted |= _TCP_TRACEPOINTS
+        maps.append("lat_sockets")
+    else:
+        del iterators["lat_iter_sockets"]
     attach = {name: btf.tracepoint(tracepoint) for name, tracepoint in wanted.items()}
-    attach |= dict.fromkeys(ITERATORS, btf.function("bpf_iter_task")) | {ON_CPU: None}
+    attach |= {name: btf.function(walk) for name, walk in iterators.items()} | {ON_CPU: None}
 
     try:
         parts = {number: module.dump_func(part.encode()) for number, part in _PARTS.items()}
-        fds = {name: bcc.lib.bpf_table_fd(module.module, name.encode()) for name in MAPS}
+        fds = {name: bcc.lib.bpf_table_fd(module.module, name.encode()) for name in maps}
         numbers = {fd: number for number, fd in enumerate(fds.values())}
         return Compiled(
             tuple(bpf.shape_of(name, fd) for name, fd in fds.items()),

@@ -118,6 +118,7 @@ def load(build: Build) -> Probes:
         "CAUSES_SEEN": int("causes" not in build.without),
         "CULPRITS_SEEN": int("culprits" not in build.without),
         "INTERRUPTS_SEEN": int(not {"causes", "interrupts"} & build.without),
+        "TCP_SEEN": int("tcp" not in build.without),
         "SLEEPS_SEEN": int("sleeps" not in build.without),
     }
     btf = read_btf()
@@ -144,6 +145,8 @@ def _load(compiled: Compiled, build: Build) -> Probes:
     try:
         for each in compiled.maps:
             sized = replace(each, entries=entries.get(each.name, each.entries))
+            if each.name == "lat_sockets":
+                sized = replace(sized, flags=sized.flags | bpf.CLONED)
             probes.maps[each.name] = _create(sized)
         for number in range(1, build.histograms):
             bpf.map_update(probes.maps["lat_free"], None, struct.pack("<I", number))

@@ -15,7 +15,7 @@ DEFAULT_CPU_SAMPLES_HZ = 49
 """Not a divisor of any tick rate: in step with the tick, some code would never be seen."""
 
 
-PARTS = ("causes", "culprits", "interrupts", "sleeps")
+PARTS = ("causes", "culprits", "interrupts", "sleeps", "tcp")
 """What can be left out of a trace, to make it cheaper."""
 
 

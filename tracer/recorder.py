@@ -17,6 +17,7 @@ from .records import (
     SAMPLE,
     SLEEP,
     SLICE,
+    SOCKET,
     THREAD,
     WAIT,
     Place,
@@ -25,6 +26,7 @@ from .records import (
 )
 from .rows import sample_columns, slice_columns, wait_columns
 from .sleeps import overshoot_buckets, sleep_columns
+from .sockets import retransmit_columns, socket_event_columns
 from .stacks import NamedStacks, Naming, StackCells
 from .unwind import user_frames
 from .writer import CaptureWriter
@@ -43,6 +45,8 @@ _ROWS: dict[Record, tuple[np.dtype[np.void], str, str, Callable[..., Any], tuple
     Record.SLICE: (SLICE, "slices", "victim_run_ns", slice_columns, ("stack_key",)),
     Record.SLEEP: (SLEEP, "sleeps", "exit_ns", sleep_columns, ("stack_key",)),
     Record.SAMPLE: (SAMPLE, "samples", "ts_ns", sample_columns, ("stack_key",)),
+    Record.RETRANSMIT: (SOCKET, "retransmits", "ts_ns", retransmit_columns, ()),
+    Record.SOCKET: (SOCKET, "socket_events", "ts_ns", socket_event_columns, ()),
 }
 
 
@@ -82,6 +86,10 @@ class Recorder:
         if held.count >= _ROWS_PER_APPEND:
             self._write_rows(record, now_ns)
             self._writer.flush()
+
+    def append(self, table: str, columns: Mapping[str, Any]) -> None:
+        """Write rows that refer to no stack."""
+        self._writer.append(table, columns)
 
     def exec(self, tgid: int) -> None:
         """The process maps other files from now on."""

@@ -26,6 +26,9 @@ class Record(IntEnum):
     SLICE = 4
     SLEEP = 5
     SAMPLE = 6
+    RETRANSMIT = 7
+    SOCKET = 8
+    CLOSED = 9
 
 
 class Place(IntEnum):
@@ -157,6 +160,55 @@ SAMPLE = _in_cell(
         ("stack_key", "<u8"),
     ]
 )
+SOCKET = _in_cell(
+    [
+        ("type", "u1"),
+        ("event", "u1"),
+        ("kind", "u1"),
+        ("state", "u1"),
+        ("family", "<u2"),
+        ("sport", "<u2"),
+        ("dport", ">u2"),
+        ("segs", "<u2"),
+        ("err", "<i4"),
+        ("ts_ns", "<u8"),
+        ("cookie", "<u8"),
+        ("tgid", "<u4"),
+        ("tid", "<u4"),
+        ("netns", "<u4"),
+        ("total_retrans", "<u4"),
+        ("seq", "<u4"),
+        ("len", "<u4"),
+        ("srtt_us", "<u4"),
+        ("rto_jiffies", "<u4"),
+        ("cwnd", "<u4"),
+        ("ssthresh", "<u4"),
+        ("in_flight", "<u4"),
+        ("rttvar_us", "<u4"),
+        ("bytes_sent", "<u8"),
+        ("bytes_retrans", "<u8"),
+        ("bytes_acked", "<u8"),
+        ("bytes_received", "<u8"),
+        ("segs_out", "<u4"),
+        ("segs_in", "<u4"),
+        ("rate_delivered", "<u4"),
+        ("rate_interval_us", "<u4"),
+        ("mss", "<u4"),
+        ("pad", "<u4"),
+        ("saddr", "V16"),
+        ("daddr", "V16"),
+    ]
+)
+OWNER = np.dtype(
+    [
+        ("cookie", "<u8"),
+        ("tgid", "<u4"),
+        ("netns", "<u4"),
+        ("total_retrans", "<u4"),
+        ("state", "<u4"),
+    ]
+)
+"""Not in the ring: an iterator writes it."""
 STACK = _in_cell(
     [
         ("type", "u1"),
@@ -251,7 +303,8 @@ CPU_STATE = np.dtype(
         ("lost_sleeps", "<u8"),
         ("never_blocked", "<u8"),
         ("zero_timeout", "<u8"),
-        ("pad", "<u8", 2),
+        ("lost_sockets", "<u8"),
+        ("pad", "<u8", 1),
     ]
 )
 CONTROL = np.dtype(
@@ -268,6 +321,8 @@ CONTROL = np.dtype(
         ("comms", "<u4"),
         ("cgroups", "<u4"),
         ("self_tgid", "<u4"),
+        ("all_sockets", "<u4"),
+        ("pad", "<u4"),
         ("comm", [("value", "<u8", 2), ("mask", "<u8", 2)], PATTERNS),
         ("cgroup", [("id", "<u8"), ("hierarchy", "<u8")], PATTERNS),
     ]
@@ -280,6 +335,8 @@ STRUCTS = {
     "slice_record": SLICE,
     "sleep_record": SLEEP,
     "sample_record": SAMPLE,
+    "socket_record": SOCKET,
+    "socket_owner": OWNER,
     "hist": HIST,
     "overshoot": OVERSHOOT,
     "cpu_state": CPU_STATE,

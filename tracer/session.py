@@ -28,12 +28,13 @@ from . import bpf, loader
 from .alive import Alive
 from .budget import Budget
 from .cgroups import cgroup_of, limited_since, limits
+from .connections import Connections
 from .cost import Cost, steal_ns
 from .errors import LatraceError, NoTargetError
 from .membership import members, write_rules
 from .options import Options
 from .processes import read_task
-from .records import STACK, THREAD, Record, ThreadEvent
+from .records import SOCKET, STACK, THREAD, Record, ThreadEvent
 from .ring import Ring
 from .rows import split
 from .sampling import Sampler
@@ -137,6 +138,8 @@ class Tracer:
             self._take_threads(
                 np.frombuffer(bpf.read_iterator(self._probes.programs["lat_iter_seed"]), THREAD)
             )
+        self._connections = Connections(self._probes)
+        self._connections.begin()
         # Many groups take a while to read: the targets are traced by now.
         self._limits, self._steal_ns = limits(), steal_ns()
         if not self._live and not (options.comms or options.cgroups):
@@ -266,7 +269,11 @@ class Tracer:
             if threads is not None and len(threads):
                 self._take_threads(threads.view(THREAD))
             for record, rows in records.items():
-                if record not in {Record.STACK, Record.THREAD} and len(rows):
+                if record == Record.CLOSED and len(rows):
+                    self._recorder.append(
+                        "connections", self._connections.closed(rows.view(SOCKET))
+                    )
+                elif record not in {Record.STACK, Record.THREAD} and len(rows):
                     self._recorder.add(record, rows, time.monotonic_ns())
 
     def _take_threads(self, threads: npt.NDArray[np.void]) -> None:
@@ -322,6 +329,7 @@ class Tracer:
     def _quality(self) -> dict[str, Any]:
         counters = self._shared.counters()
         lost = counters["lost_waits"] + counters["lost_threads"] + counters["lost_slices"]
+        lost += counters["lost_sockets"]
         self._budget.note_loss(lost)
         return {
             "waits": self._shared.waits(),
@@ -333,6 +341,7 @@ class Tracer:
             "lost_threads": counters["lost_threads"],
             "lost_slices": counters["lost_slices"],
             "lost_sleeps": counters["lost_sleeps"],
+            "lost_sockets": counters["lost_sockets"],
             "lost_stacks": counters["lost_stacks"]
             + counters["missed_stacks"]
             + self._recorder.lost_stacks,
@@ -404,6 +413,8 @@ class Tracer:
         )
         while self._ring.used():
             self._drain()
+        if columns := self._connections.finish():
+            self._recorder.append("connections", columns)
         symbols = self._recorder.finish()
         self._write_snapshot()
         self._recorder.update_manifest(
@@ -411,7 +422,11 @@ class Tracer:
                 "end_ns": end_ns,
                 "cgroups_limited": limited_since(self._limits),
                 "steal_ns": steal_ns() - self._steal_ns,
-                "quality": {"open_at_end": open_at_end, "symbols": symbols},
+                "quality": {
+                    "open_at_end": open_at_end,
+                    "symbols": symbols,
+                    "tcp_info_refused": self._connections.refused,
+                },
                 "overhead": self._cost.report(),
             }
         )
