@@ -25,6 +25,8 @@ static u64 (*skc_to_tcp_sock)(u64 sk) = (void *)137;
 static u64 (*get_socket_cookie)(u64 sk) = (void *)46;
 static u64 (*sock_from_file)(u64 file) = (void *)162;
 
+#define OFF_STATE_TGID 0
+#define OFF_STATE_TID 4
 struct socket_state {
 	u32 tgid, tid;			/* who used it last */
 	u32 total_retrans;		/* segments, at the last look */
@@ -57,17 +59,10 @@ static inline int is_wanted(u32 tgid, u32 tid)
 }
 
 /* A record of a socket, or of the request for one: they begin alike (struct sock_common). */
-static inline struct socket_record *begin_record(u64 sk, u8 type, struct socket_state *s)
+static inline void fill_socket(struct socket_record *r, u64 sk, u8 type, struct socket_state *s)
 {
-	struct socket_record *r = lat_ring.ringbuf_reserve(CELL_BYTES);
-	struct cpu_state *c = this_cpu();
 	u64 net = 0;
 
-	if (!r) {
-		if (c)
-			c->lost_sockets++;
-		return 0;
-	}
 	r->type = type;
 	r->event = 0;
 	r->ts_ns = bpf_ktime_get_ns();
@@ -93,6 +88,17 @@ static inline struct socket_record *begin_record(u64 sk, u8 type, struct socket_
 	r->seq = r->len = 0;
 	r->total_retrans = r->srtt_us = r->rto_jiffies = r->cwnd = r->ssthresh = r->in_flight = 0;
 	r->pad = 0;
+}
+
+static inline struct socket_record *begin_record(u64 sk, u8 type, struct socket_state *s)
+{
+	struct socket_record *r = lat_ring.ringbuf_reserve(CELL_BYTES);
+	struct cpu_state *c;
+
+	if (r)
+		fill_socket(r, sk, type, s);
+	else if ((c = this_cpu()))
+		c->lost_sockets++;
 	return r;
 }
 
@@ -178,6 +184,7 @@ int lat_synack(u64 *ctx)
 		return 0;
 	r->kind = RETRANS_SYNACK;
 	r->segs = 1;
+	r->total_retrans = LD8(ARG(ctx, 1), OFF_REQ_RETRANS) + 1;	/* it is counted after this */
 	lat_ring.ringbuf_submit(r, BPF_RB_NO_WAKEUP);
 	return 0;
 }
@@ -256,17 +263,8 @@ int lat_received(u64 *ctx)
 	return 0;
 }
 
-static inline void send_closed(u64 sk, struct socket_state *s)
+static inline void fill_totals(struct socket_record *r, u64 tp)
 {
-	struct socket_record *r;
-	u64 tp = skc_to_tcp_sock(sk);
-
-	if (!tp)
-		return;
-	r = begin_record(sk, RECORD_CLOSED, s);
-	if (!r)
-		return;
-	fill_tcp(r, tp);
 	r->rttvar_us = LD32(tp, OFF_RTTVAR) >> 2;
 	r->bytes_sent = LD64(tp, OFF_BYTES_SENT);
 	r->bytes_retrans = LD64(tp, OFF_BYTES_RETRANS);
@@ -277,6 +275,23 @@ static inline void send_closed(u64 sk, struct socket_state *s)
 	r->rate_delivered = LD32(tp, OFF_RATE_DELIVERED);
 	r->rate_interval_us = LD32(tp, OFF_RATE_INTERVAL);
 	r->mss = LD32(tp, OFF_MSS);
+}
+
+static inline void send_closed(u64 sk, struct socket_state *s)
+{
+	struct socket_record *r;
+	u64 tp = skc_to_tcp_sock(sk), sport;
+
+	if (!tp)
+		return;
+	r = begin_record(sk, RECORD_CLOSED, s);
+	if (!r)
+		return;
+	/* It has given its port back, but has it written down. */
+	sport = LD16(tp, OFF_INET_SPORT);
+	r->sport = sport >> 8 | sport << 8;
+	fill_tcp(r, tp);
+	fill_totals(r, tp);
 	lat_ring.ringbuf_submit(r, BPF_RB_NO_WAKEUP);
 }
 
@@ -333,6 +348,31 @@ int lat_iter_sockets(u64 *ctx)
 	r.total_retrans = s->total_retrans;
 	r.state = LD8(sk, OFF_SK_STATE);
 	seq_write(seq, &r, sizeof(r));
+	return 0;
+}
+
+/* iter/bpf_sk_storage_map: every socket of a target; some are still there after their last
+ * owner closed them. */
+int lat_iter_storage(u64 *ctx)
+{
+	u64 seq = LD64(LD64(ctx, 0), 0), sk = LD64(ctx, 16), value = LD64(ctx, 24), tp;
+	u64 cell[CELL_BYTES / 8] = {};
+	struct socket_record *r = (void *)cell;
+	struct socket_state s;
+
+	if (!sk || !value)
+		return 0;
+	s.tgid = LD32(value, OFF_STATE_TGID);
+	s.tid = LD32(value, OFF_STATE_TID);
+	if (!is_wanted(s.tgid, s.tid))
+		return 0;
+	tp = skc_to_tcp_sock(sk);
+	if (!tp)
+		return 0;
+	fill_socket(r, sk, RECORD_CLOSED, &s);
+	fill_tcp(r, tp);
+	fill_totals(r, tp);
+	seq_write(seq, cell, sizeof(cell));
 	return 0;
 }
 #endif

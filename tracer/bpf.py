@@ -188,9 +188,14 @@ def attach_tracepoint(program: int) -> int:
     return _bpf(_RAW_TRACEPOINT_OPEN, bytearray(struct.pack("<QII", 0, program, 0)))
 
 
-def read_iterator(program: int) -> bytes:
-    """Run a task iterator over all tasks and return everything it wrote."""
-    link = _bpf(_LINK_CREATE, bytearray(struct.pack("<IIII16x", program, 0, _ATTACH_ITER, 0)))
+def read_iterator(program: int, over_map: int | None = None) -> bytes:
+    """Run an iterator to its end, over tasks or the like or a map; return everything it wrote."""
+    attributes = bytearray(struct.pack("<IIII16x", program, 0, _ATTACH_ITER, 0))
+    # union bpf_iter_link_info
+    which = ctypes.create_string_buffer(struct.pack("<I4x", over_map or 0), 8)
+    if over_map is not None:
+        struct.pack_into("<QI", attributes, 16, ctypes.addressof(which), len(which))
+    link = _bpf(_LINK_CREATE, attributes)
     try:
         stream = _bpf(_ITER_CREATE, bytearray(struct.pack("<II", link, 0)))
     finally:

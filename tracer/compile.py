@@ -126,6 +126,8 @@ _TCP_OFFSETS = {
     "OFF_SK_NET": ("sock", "__sk_common.skc_net"),
     "OFF_SK_PROTOCOL": ("sock", "sk_protocol"),
     "OFF_NET_INUM": ("net", "ns.inum"),
+    "OFF_INET_SPORT": ("inet_sock", "inet_sport"),
+    "OFF_REQ_RETRANS": ("request_sock", "num_retrans"),
     "OFF_SOCKET_SK": ("socket", "sk"),
     "OFF_SKB_CB": ("sk_buff", "cb"),
     "OFF_CB_SEQ": ("tcp_skb_cb", "seq"),
@@ -195,6 +197,7 @@ ITERATORS = {
     "lat_iter_seed": "bpf_iter_task",
     "lat_iter_end": "bpf_iter_task",
     "lat_iter_sockets": "bpf_iter_task_file",
+    "lat_iter_storage": "bpf_iter_bpf_sk_storage_map",
 }
 ON_CPU = "lat_on_cpu"
 """Runs at the tick of a clock: see tracer/sampling.py."""
@@ -351,7 +354,7 @@ def compile_probes(btf: Btf, switches: dict[str, int]) -> Compiled:
         wanted |= _TCP_TRACEPOINTS
         maps.append("lat_sockets")
     else:
-        del iterators["lat_iter_sockets"]
+        del iterators["lat_iter_sockets"], iterators["lat_iter_storage"]
     attach = {name: btf.tracepoint(tracepoint) for name, tracepoint in wanted.items()}
     attach |= {name: btf.function(walk) for name, walk in iterators.items()} | {ON_CPU: None}
 

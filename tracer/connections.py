@@ -2,24 +2,24 @@
 
 Who: an iterator over all open files (lat_iter_sockets), when the trace begins and when it ends.
 What: TCP_INFO through sock_diag(7), asked with pyroute2 in the connection's own network namespace
-at the same two moments; a connection that was closed in between has told it then (RECORD_CLOSED).
+at the same two moments. A connection that was closed in between has told it then (RECORD_CLOSED),
+and one that nobody has open any more, though it is not closed yet, tells it at the end.
 """
 
 from __future__ import annotations
 
 import ctypes
-import ipaddress
 import os
 import threading
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
 from . import bpf
-from .records import OWNER
+from .records import OWNER, SOCKET
 from .sockets import FAMILIES, STATES, address_columns, rto_us
 
 if TYPE_CHECKING:
@@ -47,109 +47,110 @@ _NO_CONNECTIONS: Final = {"listen", "time-wait", "close", "new-syn-recv"}
 _CLONE_NEWNET: Final = 0x40000000
 
 
-@dataclass(slots=True)
-class _Connection:
-    """A connection that was open when we looked."""
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """A connection as it was when we looked."""
 
-    row: dict[str, Any]
-    """The columns that never change."""
-    start: dict[str, int]
-    """TCP_INFO when the trace began; empty for one that came later."""
-    end: dict[str, int] = field(default_factory=dict)
-    owners: set[int] = field(default_factory=set)
+    owners: frozenset[int]
+    total_retrans: int = 0
+    """As the probes have it: the segments of all rows before."""
+    congestion: str = ""
+    info: Mapping[str, int] = field(default_factory=dict)
+
+
+_UNSEEN: Final = _Seen(frozenset())
 
 
 class Connections:
     """Follows the connections of one trace, if its probes see any."""
 
     def __init__(self, probes: Probes) -> None:
-        self._iterator = probes.programs.get("lat_iter_sockets")
-        self._open: dict[int, _Connection] = {}
+        self._open_files = probes.programs.get("lat_iter_sockets")
+        self._sockets = probes.programs.get("lat_iter_storage")
+        self._map = probes.maps.get("lat_sockets")
+        self._before: dict[int, _Seen] = {}
         self.refused: str | None = None
         """Why the kernel's statistics could not be read, if that is so."""
 
     def begin(self) -> None:
         """Note the connections that are there, and make their owners known to the probes."""
-        for connection in self._look():
-            self._open[connection.row["cookie"]] = connection
+        self._before = self._look()
 
     def closed(self, rows: npt.NDArray[np.void]) -> dict[str, Any]:
         """Columns of the table `connections`; `rows`: closed ones, shape (n,) of dtype SOCKET."""
-        known = [self._open.pop(cookie, None) for cookie in rows["cookie"].tolist()]
-        rate = rows["rate_delivered"].astype(np.uint64) * rows["mss"] * np.uint64(1_000_000)
-        last = {
-            name: rows[name].astype(np.uint64).tolist()
-            for name in INFO
-            if name not in {"rtt_us", "rto_us", "delivery_rate"}
-        }
-        last["rtt_us"] = rows["srtt_us"].tolist()
-        last["rto_us"] = rto_us(rows).tolist()
-        last["delivery_rate"] = (rate // np.maximum(rows["rate_interval_us"], 1)).tolist()
-        tgids = rows["tgid"].tolist()
-        return {
-            **address_columns(rows),
-            "cookie": rows["cookie"],
-            "netns": rows["netns"].astype(np.uint64),
-            "tgid": rows["tgid"],
-            "owners": [
-                sorted({tgid} | (each.owners if each else set()))
-                for tgid, each in zip(tgids, known, strict=True)
-            ],
-            "state": ["close"] * len(rows),
-            "congestion": [each.row["congestion"] if each else "" for each in known],
-            "closed_ns": rows["ts_ns"],
-            **{
-                f"start_{name}": [each.start.get(name) if each else None for each in known]
-                for name in INFO
-            },
-            **{f"end_{name}": last[name] for name in INFO},
-        }
+        columns = self._columns(rows, {})
+        columns |= {"state": ["close"] * len(rows), "closed_ns": rows["ts_ns"]}
+        for cookie in rows["cookie"].tolist():
+            self._before.pop(cookie, None)
+        return columns
 
     def finish(self) -> dict[str, Any]:
-        """Columns of the table `connections`: those that are open; empty where there are none."""
-        for now in self._look():
-            before = self._open.pop(now.row["cookie"], None)
-            now.end, now.start = now.start, before.start if before else {}
-            now.owners |= before.owners if before else set()
-            self._open[now.row["cookie"]] = now
-        # Those that were there at the start and are not now had their end lost, or went to others.
-        rows = list(self._open.values())
-        if not rows:
+        """Columns of the table `connections`: those not closed; empty where there are none."""
+        if self._sockets is None:
             return {}
+        rows = np.frombuffer(bpf.read_iterator(self._sockets, self._map), SOCKET)
+        rows = rows[~np.isin(rows["state"], [STATES.index(name) for name in _NO_CONNECTIONS])]
+        if not len(rows):
+            return {}
+        return self._columns(rows, self._look()) | {"closed_ns": [None] * len(rows)}
+
+    def _columns(self, rows: npt.NDArray[np.void], now: Mapping[int, _Seen]) -> dict[str, Any]:
+        """All columns but `closed_ns`; `now`: what else is known of these sockets."""
+        cookies = rows["cookie"].tolist()
+        before = [self._before.get(cookie, _UNSEEN) for cookie in cookies]
+        after = [now.get(cookie, _UNSEEN) for cookie in cookies]
+        told = zip(*(column.tolist() for column in _counted(rows).values()), strict=True)
+        last = [
+            dict(zip(INFO, values, strict=True)) | dict(seen.info)
+            for values, seen in zip(told, after, strict=True)
+        ]
         return {
-            **{name: [each.row[name] for each in rows] for name in rows[0].row},
-            "owners": [sorted(each.owners) for each in rows],
-            "closed_ns": [None] * len(rows),
-            **{f"start_{name}": [each.start.get(name) for each in rows] for name in INFO},
-            **{f"end_{name}": [each.end.get(name) for each in rows] for name in INFO},
+            "cookie": rows["cookie"],
+            "netns": rows["netns"].astype(np.uint64),
+            **address_columns(rows),
+            "tgid": rows["tgid"],
+            "owners": [
+                sorted({tgid, *was.owners, *is_.owners})
+                for tgid, was, is_ in zip(rows["tgid"].tolist(), before, after, strict=True)
+            ],
+            "state": [STATES[state] for state in rows["state"].tolist()],
+            "congestion": [
+                is_.congestion or was.congestion for was, is_ in zip(before, after, strict=True)
+            ],
+            **{f"start_{name}": [was.info.get(name) for was in before] for name in INFO},
+            # The rows of the trace add up from here; TCP_INFO was asked for a moment later.
+            "start_total_retrans": [was.total_retrans if was.info else None for was in before],
+            **{f"end_{name}": [info[name] for info in last] for name in INFO},
         }
 
-    def _look(self) -> list[_Connection]:
-        """Ask who has which connection open, and for its TCP_INFO (in `start`)."""
-        if self._iterator is None:
-            return []
-        records = np.frombuffer(bpf.read_iterator(self._iterator), OWNER)
+    def _look(self) -> dict[int, _Seen]:
+        """Ask who has which connection open, and for its TCP_INFO; by cookie."""
+        if self._open_files is None:
+            return {}
         owners: dict[int, set[int]] = {}
         homes: dict[int, set[int]] = {}
         retrans: dict[int, int] = {}
+        records = np.frombuffer(bpf.read_iterator(self._open_files), OWNER)
         for cookie, tgid, netns, total, state in records.tolist():
-            if STATES[state] in _NO_CONNECTIONS:
-                continue
-            owners.setdefault(cookie, set()).add(tgid)
-            homes.setdefault(netns, set()).add(tgid)
-            retrans[cookie] = total
-        found = []
+            if STATES[state] not in _NO_CONNECTIONS:
+                owners.setdefault(cookie, set()).add(tgid)
+                homes.setdefault(netns, set()).add(tgid)
+                retrans[cookie] = total
+        seen = {
+            cookie: _Seen(frozenset(tgids), retrans[cookie]) for cookie, tgids in owners.items()
+        }
         for netns, tgids in homes.items():
             for answer in self._ask(netns, tgids):
                 cookie = answer["idiag_cookie"]
-                if cookie not in owners:
-                    continue
-                each = _connection(answer, netns, owners[cookie])
-                # As the probes had it: the answer may be newer than the last row before it.
-                if cookie not in self._open:
-                    each.start["total_retrans"] = retrans[cookie]
-                found.append(each)
-        return found
+                if cookie in seen:
+                    attributes = dict(answer["attrs"])
+                    info = attributes.get("INET_DIAG_INFO") or {}
+                    seen[cookie] = replace(
+                        seen[cookie],
+                        congestion=attributes.get("INET_DIAG_CONG", ""),
+                        info={name: info[known] for name, known in INFO.items() if known in info},
+                    )
+        return seen
 
     def _ask(self, netns: int, tgids: Iterable[int]) -> Iterable[Any]:
         """Ask in a network namespace; it is entered by way of a process that lives in it."""
@@ -197,28 +198,12 @@ def _statistics(namespace: int) -> list[Any]:
     return answers
 
 
-def _connection(answer: Any, netns: int, owners: set[int]) -> _Connection:
-    """`answer`: an inet_diag_msg and its attributes."""
-    attributes = dict(answer["attrs"])
-    info = attributes.get("INET_DIAG_INFO") or {}
-    return _Connection(
-        {
-            "cookie": answer["idiag_cookie"],
-            "netns": netns,
-            "family": FAMILIES[answer["idiag_family"]],
-            "saddr": _plain(answer["idiag_src"]),
-            "sport": answer["idiag_sport"],
-            "daddr": _plain(answer["idiag_dst"]),
-            "dport": answer["idiag_dport"],
-            "tgid": min(owners),
-            "state": STATES[answer["idiag_state"]],
-            "congestion": attributes.get("INET_DIAG_CONG", ""),
-        },
-        {name: info[known] for name, known in INFO.items() if known in info},
-        owners=owners,
-    )
-
-
-def _plain(address: str) -> str:
-    parsed = ipaddress.ip_address(address)
-    return str(getattr(parsed, "ipv4_mapped", None) or parsed)
+def _counted(rows: npt.NDArray[np.void]) -> dict[str, npt.NDArray[np.uint64]]:
+    """TCP_INFO as tcp_get_info() (net/ipv4/tcp.c) works it out, in the order of INFO."""
+    rate = rows["rate_delivered"].astype(np.uint64) * rows["mss"] * np.uint64(1_000_000)
+    odd = {
+        "rtt_us": rows["srtt_us"],
+        "rto_us": rto_us(rows),
+        "delivery_rate": rate // np.maximum(rows["rate_interval_us"], 1),
+    }
+    return {name: odd[name] if name in odd else rows[name] for name in INFO}
