@@ -9,7 +9,7 @@ import contextlib
 import os
 import subprocess
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,6 +44,13 @@ class Host:
         process = subprocess.Popen(self.command(*argv), **options)
         self.running.append(process)
         return process
+
+    def end(self) -> None:
+        """End all that was started here."""
+        while self.running:
+            process = self.running.pop()
+            process.kill()
+            process.wait()
 
     def lose(self, *matches: str, chain: str = "output") -> None:
         """Drop what matches, from now on; `chain`: on its way out, or `input`.
@@ -97,7 +104,7 @@ def two_hosts(*, offload: bool = True) -> Iterator[tuple[Host, Host]]:
         for host in hosts:
             netns.create(host.namespace)
             undo.callback(netns.remove, host.namespace)
-        undo.callback(_end, hosts)
+            undo.callback(host.end)
         first = f"lt{unique}"
         descriptors = []
         for host in hosts:
@@ -119,10 +126,3 @@ def two_hosts(*, offload: bool = True) -> Iterator[tuple[Host, Host]]:
             if not offload:
                 host.run("ethtool", "-K", host.device, "gso", "off", "tso", "off", "gro", "off")
         yield hosts[0], hosts[1]
-
-
-def _end(hosts: Sequence[Host]) -> None:
-    for host in hosts:
-        for process in host.running:
-            process.kill()
-            process.wait()
