@@ -1,8 +1,11 @@
-"""The loads that are slowed down: both do nothing but wake one another."""
+"""The loads that are slowed down: threads that wake one another, and TCP without a loss."""
 
 from __future__ import annotations
 
 import shutil
+import sys
+from functools import partial
+from pathlib import Path
 
 from .children import Load
 from .errors import BenchError
@@ -38,6 +41,18 @@ def messaging(loops: int) -> Load:
     _require_perf()
     argv = ("perf", "bench", "sched", "messaging", "-t", "-g", "4", "-l", str(loops))
     return Load(argv, "sched-messaging", loops * 4 * 20 * 20)
+
+
+def _flow(mode: str, loops: int) -> Load:
+    program = Path(__file__).with_name("flow.py")
+    return Load((sys.executable, "-I", str(program), mode, str(loops)), "python3", loops)
+
+
+stream = partial(_flow, "stream")
+"""One thread sends 64 KiB at a time through the loopback device."""
+
+requests = partial(_flow, "requests")
+"""Two processes send a byte to and fro: the worst case for what runs at each send and receive."""
 
 
 def _require_perf() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,16 @@ from .errors import BenchError
 from .estimate import estimate, ratios
 from .goals import Goal
 from .tables import interval_heading, paragraph, percent, percents, table
-from .tools import ALL_ROWS, CAPTURE, DEFAULT, NEIGHBOUR, OURS, Tool, peers
+from .tools import (
+    ALL_ROWS,
+    CAPTURE,
+    DEFAULT,
+    FOR_TCP,
+    NEIGHBOUR,
+    OURS,
+    Tool,
+    peers,
+)
 
 BASELINE, AGAIN = "no tracer", "no tracer, again"
 
@@ -32,14 +41,22 @@ class Run:
     """Of latrace's capture: rows and losses. Empty for others."""
 
 
-def run(context: Context, make_load: Callable[[int], Load], loops: int) -> dict[str, Any]:
-    """Measure the load without a tracer, twice, and with each of them, in turn."""
+def run(
+    context: Context,
+    make_load: Callable[[int], Load],
+    loops: int,
+    tools: Sequence[Tool] | None = None,
+) -> dict[str, Any]:
+    """Measure the load without a tracer, twice, and with each of them, in turn.
+
+    `tools`: the tracers; None: all that we have, and their peers.
+    """
     load = make_load(loops)
     contenders: dict[str, Callable[[], Run]] = {
         BASELINE: partial(_run, context, load, None),
         AGAIN: partial(_run, context, load, None),
     }
-    for contender in _chosen(context):
+    for contender in _chosen(context) if tools is None else tools:
         if contender.missing:
             context.skip(contender.name, contender.missing)
         else:
@@ -179,6 +196,22 @@ def run_messaging(context: Context) -> dict[str, Any]:
     )
 
 
+STREAM_LOOPS, QUICK_STREAM_LOOPS = 100_000, 10_000
+REQUESTS_LOOPS, QUICK_REQUESTS_LOOPS = 60_000, 6_000
+
+
+def run_stream(context: Context) -> dict[str, Any]:
+    """TCP at full speed, nothing lost."""
+    loops = QUICK_STREAM_LOOPS if context.quick else STREAM_LOOPS
+    return run(context, loads.stream, loops, FOR_TCP)
+
+
+def run_requests(context: Context) -> dict[str, Any]:
+    """TCP with a byte at a time, nothing lost."""
+    loops = QUICK_REQUESTS_LOOPS if context.quick else REQUESTS_LOOPS
+    return run(context, loads.requests, loops, FOR_TCP)
+
+
 def pipe_goals(result: dict[str, Any]) -> list[Goal]:
     """Promises for the pinned pipe."""
     return goals(result, name="pipe", limit=12)
@@ -187,3 +220,8 @@ def pipe_goals(result: dict[str, Any]) -> list[Goal]:
 def messaging_goals(result: dict[str, Any]) -> list[Goal]:
     """Promises for messaging: only that nobody else is slowed."""
     return goals(result, name="messaging", limit=None)
+
+
+def stream_goals(result: dict[str, Any]) -> list[Goal]:
+    """Promises for a TCP stream: only that nobody else is slowed."""
+    return goals(result, name="TCP stream", limit=None)

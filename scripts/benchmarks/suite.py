@@ -37,6 +37,18 @@ BENCHMARKS = {
         slowdown.render,
         slowdown.messaging_goals,
     ),
+    "stream": Benchmark(
+        "Slowdown of a TCP stream that loses nothing, 64 KiB an operation",
+        slowdown.run_stream,
+        slowdown.render,
+        slowdown.stream_goals,
+    ),
+    "requests": Benchmark(
+        "Slowdown of TCP requests of one byte, nothing lost",
+        slowdown.run_requests,
+        slowdown.render,
+        lambda _result: [],
+    ),
     "reader": Benchmark(
         "The reader's CPU time per event",
         reader.run_readers,

@@ -53,11 +53,19 @@ LESS = (
     *(latrace("--without", part) for part in ("culprits", "interrupts", "causes", "sleeps")),
     latrace("--cpu-samples", "0"),
     latrace(
-        *("--without", "causes,sleeps", "--no-stacks", "--cpu-samples", "0"),
+        *("--without", "causes,sleeps,tcp", "--no-stacks", "--cpu-samples", "0"),
         name="latrace, waits alone",
     ),
 )
 """What each part costs: latrace without it."""
+NO_TCP = latrace("--without", "tcp")
+ALL_TCP = Tool(
+    "latrace tcp --all",
+    lambda _pid, _comm, folder: [LATRACE, "tcp", "--all", "-o", str(folder / CAPTURE), "--force"],
+    READY,
+)
+"""The retransmits of every process, and nothing else."""
+FOR_TCP = (DEFAULT, NO_TCP, NEIGHBOUR, ALL_TCP)
 OURS = (DEFAULT, ALL_ROWS, NO_STACKS, *LESS, NEIGHBOUR)
 
 
