@@ -154,7 +154,7 @@ _TCP_OFFSETS = {
     "OFF_RATE_INTERVAL": ("tcp_sock", "rate_interval_us"),
     "OFF_MSS": ("tcp_sock", "mss_cache"),
 }
-_TCP_TRACEPOINTS = {
+TCP_TRACEPOINTS = {
     "lat_retransmit": "tcp_retransmit_skb",
     "lat_synack": "tcp_retransmit_synack",
     "lat_socket_state": "inet_sock_set_state",
@@ -269,7 +269,7 @@ def _tcp_constants(btf: Btf) -> dict[str, int]:
     """What the probes need to tell of retransmits; empty where this kernel lacks a part."""
     found = {name: btf.offset(*field) for name, field in _TCP_OFFSETS.items()}
     constants = {name: offset for name, offset in found.items() if offset is not None}
-    if len(constants) < len(found) or not all(map(btf.tracepoint, _TCP_TRACEPOINTS.values())):
+    if len(constants) < len(found) or not all(map(btf.tracepoint, TCP_TRACEPOINTS.values())):
         return {}
     # ad892e912b84 (6.17) added what became of it.
     if btf.tracepoint_arguments("tcp_retransmit_skb") >= 3:
@@ -351,7 +351,7 @@ def compile_probes(btf: Btf, switches: dict[str, int]) -> Compiled:
             wanted["lat_back"] = "rseq_update"
     maps, iterators = list(MAPS), dict(ITERATORS)
     if "TCP_TRACED" in constants:
-        wanted |= _TCP_TRACEPOINTS
+        wanted |= TCP_TRACEPOINTS
         maps.append("lat_sockets")
     else:
         del iterators["lat_iter_sockets"], iterators["lat_iter_storage"]

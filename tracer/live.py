@@ -6,14 +6,20 @@ SIGKILL there is nothing to restore. Nothing heavy is imported: this runs beside
 
 from __future__ import annotations
 
+import errno
 import os
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
-from latrace.analysis.words import duration, plural
+from latrace.analysis.words import cells, duration, plural, visible
 from latrace.tracer.commands.console import Status, is_terminal, wants_colour
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
     from latrace.tracer.session import Snapshot
 
 _PLAIN_EVERY_S = 5.0
@@ -194,3 +200,93 @@ def show_elapsed(seconds: float) -> str:
     hours, rest = divmod(whole, 3600)
     minutes, left = divmod(rest, 60)
     return f"{hours}:{minutes:02}:{left:02}" if hours else f"{minutes}:{left:02}"
+
+
+# --- retransmits --------------------------------------------------------------------------------
+
+_LINES_PER_S = 20
+_KINDS: Final = {"unknown": "?"}
+_STATES: Final = {"established": "estab", "new-syn-recv": "syn-recv"}
+_RETRANSMIT = "{:>8} {:<6} {:>4} {:<33} {:<10} {}"
+
+
+class RetransmitLines:
+    """A plain line for each retransmit, at most twenty a second; the rest is counted.
+
+    `write` gets whole lines; `clock` is what seconds are told by.
+    """
+
+    def __init__(
+        self, write: Callable[[str], None], *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._write = write
+        self._clock = clock
+        self._second_s = clock()
+        self._lines = 0
+        self._left_out = self._left_out_segs = 0
+
+    def begin(self) -> None:
+        """Print what the columns are."""
+        head = ("TIME", "KIND", "SEGS", "CONNECTION", "STATE", "OWNER")
+        self._write(_RETRANSMIT.format(*head) + "\n")
+
+    def add(self, rows: npt.NDArray[np.void], names: Mapping[int, str], start_ns: int) -> None:
+        """Print retransmits, shape (n,) of dtype SOCKET; `names` of processes.
+
+        Times count from `start_ns`, when the trace began.
+        """
+        text = self._next_second()
+        # The last line of a second is kept for how many were left out.
+        shown = rows[: max(0, _LINES_PER_S - 1 - self._lines)]
+        self._lines += len(shown)
+        self._left_out += len(rows) - len(shown)
+        self._left_out_segs += int(rows["segs"][len(shown) :].sum())
+        text += "".join(_retransmit(row, names, start_ns) for row in shown)
+        if text:
+            self._write(text)
+
+    def update(self) -> None:
+        """Tell what was left out, when the second is over; to be called about once a second."""
+        if text := self._next_second():
+            self._write(text)
+
+    def close(self) -> None:
+        """Tell it now."""
+        if text := self._told():
+            self._write(text)
+
+    def _next_second(self) -> str:
+        now = self._clock()
+        if now < self._second_s + 1:
+            return ""
+        self._second_s, self._lines = now, 0
+        return self._told()
+
+    def _told(self) -> str:
+        if not self._left_out:
+            return ""
+        segs = plural(self._left_out_segs, "segment")
+        told = f"{'...':>8} {self._left_out:,} more in that second, {segs}\n"
+        self._left_out = self._left_out_segs = 0
+        return told
+
+
+def _retransmit(row: np.void, names: Mapping[int, str], start_ns: int) -> str:
+    from latrace.tracer.sockets import kind_name, socket_ends, state_name  # noqa: PLC0415 - numpy
+
+    state = state_name(int(row["state"])) or "?"
+    source, target = socket_ends(row)
+    name = names.get(int(row["tgid"]))
+    failed = f" not sent: {errno.errorcode.get(-row['err'], row['err'])}" if row["err"] < 0 else ""
+    fields = (
+        f"{(int(row['ts_ns']) - start_ns) / 1e9:.3f}",
+        _KINDS.get(kind := kind_name(int(row["kind"])), kind),
+        str(row["segs"]),
+        f"{source} > {target}",
+        _STATES.get(state, state),
+        f"{visible(name) if name else '?'}/{row['tgid']}{failed}",
+    )
+    line = _RETRANSMIT.format(*fields)
+    if cells(line) > _USUAL_COLUMNS:  # its columns give way before it breaks
+        line = " ".join((f"{fields[0]:>8} {fields[1]:<6} {fields[2]:>4}", *fields[3:]))
+    return line + "\n"

@@ -16,10 +16,20 @@ from dataclasses import dataclass, field, replace
 
 from . import bpf, cache
 from .btf import Btf, read_btf
-from .compile import ITERATORS, ON_CPU, compile_probes, pid_max, possible_cpus, sources
+from .compile import (
+    ITERATORS,
+    ON_CPU,
+    TCP_TRACEPOINTS,
+    compile_probes,
+    pid_max,
+    possible_cpus,
+    sources,
+)
 from .compiled import Compiled, Map, Program, with_maps
 from .errors import HostError
 from .options import Options
+
+SOCKET_PROGRAMS = frozenset({*TCP_TRACEPOINTS, "lat_iter_sockets", "lat_iter_storage"})
 
 # One for each process, as far as these bytes go; the processes beyond share one.
 _HISTOGRAMS, _HISTOGRAM_BYTES, _HISTOGRAMS_BYTES = 63, 30_336, 64 << 20
@@ -36,6 +46,9 @@ class Build:
     stacks: bool = True
     without: frozenset[str] = frozenset()
     """Of `options.PARTS`."""
+    sockets_only: bool = False
+    """Load what sockets run, and none of what runs at each switch of the host."""
+    must_see_tcp: bool = False
     user_stacks: bool = True
     """False: kernel stacks alone, as on kernels without the tracepoint that user stacks need."""
 
@@ -52,6 +65,8 @@ def build_for(options: Options) -> Build:
         cgroups=bool(options.cgroups),
         stacks=options.stacks,
         without=options.without,
+        sockets_only=options.all_sockets,
+        must_see_tcp=options.must_see_tcp or options.all_sockets,
     )
 
 
@@ -152,11 +167,19 @@ def _load(compiled: Compiled, build: Build) -> Probes:
             bpf.map_update(probes.maps["lat_free"], None, struct.pack("<I", number))
         fds = list(probes.maps.values())
         for program in compiled.programs:
+            if build.sockets_only and program.name not in SOCKET_PROGRAMS:
+                continue
             try:
                 probes.programs[program.name] = _load_program(program, fds)
             except HostError:
                 if program.name != ON_CPU:  # waits are worth tracing without it
                     raise
+        if build.must_see_tcp and "lat_retransmit" not in probes.programs:
+            raise HostError(
+                "this kernel does not tell of TCP retransmits: it lacks a tracepoint or a field",
+                hint="Linux 6.3 or newer built with CONFIG_INET and BTF has them (sock_send_length"
+                " is the youngest); waits can be traced all the same: latrace attach",
+            )
     except BaseException:
         probes.close()
         raise

@@ -26,6 +26,10 @@ class Options:
     All ids are those of the initial PID namespace, which is what the kernel's probes see.
     """
 
+    all_sockets: bool = False
+    """Every TCP socket of the host, and nothing but sockets: there are no targets."""
+    must_see_tcp: bool = False
+    """Refuse where this kernel does not tell of retransmits, instead of going without."""
     pids: tuple[int, ...] = ()
     """Processes (thread-group ids): all their threads, present and future."""
     tids: tuple[int, ...] = ()

@@ -13,7 +13,7 @@ import os
 import platform
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -32,7 +32,9 @@ from .connections import Connections
 from .cost import Cost, steal_ns
 from .errors import LatraceError, NoTargetError
 from .membership import members, write_rules
+from .namespaces import Namespaces
 from .options import Options
+from .owners import Owners
 from .processes import read_task
 from .records import SOCKET, STACK, THREAD, Record, ThreadEvent
 from .ring import Ring
@@ -49,6 +51,11 @@ _SLEEP_MIN_S, _SLEEP_MAX_S = 0.001, 0.1
 _SETTLE_S = 0.002  # programs that run on another CPU while we detach end within microseconds
 _LAST_SWITCH_S = 0.2
 _NAMED_PROCESSES = 100  # in the manifest: a fork bomb must not fill it
+
+
+OnRetransmits = Callable[[npt.NDArray[np.void], Mapping[int, str], int], None]
+"""Takes retransmits as they come, shape (n,) of dtype SOCKET; the names of their owners; and when
+the trace began, CLOCK_MONOTONIC."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +106,9 @@ class Tracer:
         """The first name of the first processes seen."""
         self._ended: list[tuple[float, int]] = []
         """When processes ended, and which; their numbers are still targets."""
+        self._owners = Owners()
+        self._namespaces = Namespaces()
+        self._on_retransmits: OnRetransmits | None = None
         self._last_count, self._last_count_s = 0, time.monotonic()
         self._resources = contextlib.ExitStack()
 
@@ -126,6 +136,7 @@ class Tracer:
         self._sampler = Sampler(self._probes, self._shared, options)
         undo.callback(self._sampler.close)
         tell_timerfd(self._probes)
+        self._shared.control["all_sockets"] = options.all_sockets
         self._probes.attach()
         self._sampler.start()
         self._start_ns, self._start_realtime_ns = time.monotonic_ns(), time.time_ns()
@@ -135,17 +146,23 @@ class Tracer:
         # Twice: a process may have come before the kernel followed by itself.
         for _ in range(2):
             self._shared.targets[list(members(options))] |= TARGET_PROCESS
-            self._take_threads(
-                np.frombuffer(bpf.read_iterator(self._probes.programs["lat_iter_seed"]), THREAD)
-            )
+            self._take_threads(np.frombuffer(self._read_iterator("lat_iter_seed"), THREAD))
+        undo.callback(self._namespaces.close)
+        if "lat_retransmit" in self._probes.programs:
+            self._namespaces.begin(None if options.all_sockets else set(self._live.values()))
         self._connections = Connections(self._probes)
         self._connections.begin()
         # Many groups take a while to read: the targets are traced by now.
         self._limits, self._steal_ns = limits(), steal_ns()
-        if not self._live and not (options.comms or options.cgroups):
+        if not self._live and not (options.comms or options.cgroups or options.all_sockets):
             raise NoTargetError(
                 "the target ended before it could be traced", hint="name one that still runs"
             )
+
+    def _read_iterator(self, name: str) -> bytes:
+        """What one of the iterators over threads writes; nothing where sockets alone are traced."""
+        program = self._probes.programs.get(name)
+        return b"" if program is None else bpf.read_iterator(program)
 
     def _open_capture(self) -> None:
         # Heavy imports come here, when the probes already count.
@@ -171,6 +188,7 @@ class Tracer:
             "command": self._command,
             "targets": self._targets(),
             "options": {
+                "all_sockets": options.all_sockets,
                 "pids": options.pids,
                 "tids": options.tids,
                 "comms": options.comms,
@@ -202,8 +220,10 @@ class Tracer:
         stop: threading.Event,
         on_tick: Callable[[Snapshot], None] | None = None,
         tick_s: float = 1.0,
+        on_retransmits: OnRetransmits | None = None,
     ) -> None:
         """Record until `stop` is set, the duration is over or all targets have ended."""
+        self._on_retransmits = on_retransmits
         started_s = self._last_count_s = time.monotonic()
         duration_s = self._options.duration_s
         end_s = started_s + duration_s if duration_s is not None else float("inf")
@@ -245,7 +265,7 @@ class Tracer:
 
     def _all_ended(self) -> bool:
         """Whether no target is left and none can come."""
-        if self._options.comms or self._options.cgroups:
+        if self._options.comms or self._options.cgroups or self._options.all_sockets:
             return False
         if self._options.tids and not self._options.pids and not self._live:
             return True
@@ -269,12 +289,21 @@ class Tracer:
             if threads is not None and len(threads):
                 self._take_threads(threads.view(THREAD))
             for record, rows in records.items():
+                if record == Record.RETRANSMIT and len(rows):
+                    self._owners.sent_again(rows.view(SOCKET))
+                    if self._on_retransmits is not None:
+                        retransmits, names = rows.view(SOCKET), self._owners.names
+                        self._on_retransmits(retransmits, names, self._start_ns)
                 if record == Record.CLOSED and len(rows):
-                    self._recorder.append(
-                        "connections", self._connections.closed(rows.view(SOCKET))
-                    )
+                    self._add_connections(self._connections.closed(rows.view(SOCKET)))
                 elif record not in {Record.STACK, Record.THREAD} and len(rows):
                     self._recorder.add(record, rows, time.monotonic_ns())
+
+    def _add_connections(self, columns: Mapping[str, Any]) -> None:
+        """`columns`: of the table `connections`; none where there are no rows."""
+        if columns:
+            self._owners.connected(columns)
+            self._recorder.append("connections", columns)
 
     def _take_threads(self, threads: npt.NDArray[np.void]) -> None:
         """Follow who is there; `threads`: shape (n,) of dtype THREAD."""
@@ -316,6 +345,7 @@ class Tracer:
             {
                 "end_ns": time.monotonic_ns(),
                 "targets": self._targets(),
+                "owners": self._owners.told(),
                 "quality": self._quality(),
                 "sleeps": sleep_totals(self._shared.overshoots, self._shared.counters()),
             }
@@ -405,16 +435,16 @@ class Tracer:
         self._sampler.close()
         self._probes.detach()
         time.sleep(_SETTLE_S)
+        netns = self._namespaces.finish()
         open_at_end = self._recorder.write_open_threads(
-            bpf.read_iterator(self._probes.programs["lat_iter_end"]),
+            self._read_iterator("lat_iter_end"),
             self._cgroups,
             end_ns=end_ns,
             stacks=self._options.stacks,
         )
         while self._ring.used():
             self._drain()
-        if columns := self._connections.finish():
-            self._recorder.append("connections", columns)
+        self._add_connections(self._connections.finish())
         symbols = self._recorder.finish()
         self._write_snapshot()
         self._recorder.update_manifest(
@@ -422,6 +452,7 @@ class Tracer:
                 "end_ns": end_ns,
                 "cgroups_limited": limited_since(self._limits),
                 "steal_ns": steal_ns() - self._steal_ns,
+                "netns": netns,
                 "quality": {
                     "open_at_end": open_at_end,
                     "symbols": symbols,

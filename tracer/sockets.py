@@ -50,9 +50,7 @@ def retransmit_columns(rows: npt.NDArray[np.void]) -> dict[str, Any]:
         "kind": names_from_codes(rows["kind"], _KINDS.__getitem__),
         **{name: rows[name] for name in ("segs", "total_retrans", "err")},
         **address_columns(rows),
-        "state": names_from_codes(
-            rows["state"], lambda code: STATES[code] if code < len(STATES) else None
-        ),
+        "state": names_from_codes(rows["state"], state_name),
         **{name: rows[name] for name in ("seq", "len", "tgid", "tid")},
         "netns": rows["netns"].astype(np.uint64),
         **{name: rows[name] for name in ("cookie", "srtt_us", "cwnd", "ssthresh", "in_flight")},
@@ -88,6 +86,28 @@ def address_columns(rows: npt.NDArray[np.void]) -> dict[str, Any]:
 def rto_us(rows: npt.NDArray[np.void]) -> npt.NDArray[np.uint64]:
     """The retransmission timeouts of sockets, in us; the kernel keeps them in ticks."""
     return rows["rto_jiffies"].astype(np.uint64) * np.uint64(1_000_000 // ticks_per_s())
+
+
+def kind_name(code: int) -> str:
+    """Why something was sent again: enum retransmit_kind."""
+    return _KINDS[code]
+
+
+def state_name(code: int) -> str | None:
+    """A state of a TCP socket; None: one that is not known here."""
+    return STATES[code] if code < len(STATES) else None
+
+
+def socket_ends(row: np.void) -> tuple[str, str]:
+    """Both ends of the socket in one record of dtype SOCKET: `10.0.0.1:80`, `[fd77::1]:80`."""
+    ends = []
+    for name, port in (("saddr", "sport"), ("daddr", "dport")):
+        raw = row[name].tobytes()
+        if row["family"] == socket.AF_INET:
+            raw = _V4_MAPPED.tobytes() + raw[:4]
+        host = address_text(raw)
+        ends.append(f"[{host}]:{row[port]}" if ":" in host else f"{host}:{row[port]}")
+    return ends[0], ends[1]
 
 
 def _addresses(rows: npt.NDArray[np.void], name: str) -> pa.DictionaryArray:

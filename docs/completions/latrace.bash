@@ -25,15 +25,15 @@ _latrace() {
             done < <(cat /proc/[0-9]*/comm 2>/dev/null | sort -u)
             return
             ;;
-        attach:--cgroup | attach:-o | attach:--output | run:-o | run:--output | flame:-i | flame:--input | report:-i | report:--input | demo:-o | demo:--output)
+        attach:--cgroup | attach:-o | attach:--output | run:-o | run:--output | tcp:-o | tcp:--output | flame:-i | flame:--input | report:-i | report:--input | demo:-o | demo:--output)
             compopt -o filenames; mapfile -t COMPREPLY < <(compgen -d -- "$word")
             return
             ;;
-        attach:-d | attach:--duration | attach:--min | attach:--slow | attach:--stack-budget | attach:--cpu-samples | attach:--without | attach:--ring-size | run:-d | run:--duration | run:--min | run:--slow | run:--stack-budget | run:--cpu-samples | run:--without | run:--ring-size | report:--since | report:--until | report:--over | report:-o | report:--output | diff:-o | diff:--output | demo:-d | demo:--duration)
+        attach:-d | attach:--duration | attach:--min | attach:--slow | attach:--stack-budget | attach:--cpu-samples | attach:--without | attach:--ring-size | run:-d | run:--duration | run:--min | run:--slow | run:--stack-budget | run:--cpu-samples | run:--without | run:--ring-size | tcp:-d | tcp:--duration | report:--since | report:--until | report:--over | report:-o | report:--output | diff:-o | diff:--output | demo:-d | demo:--duration)
             :
             return
             ;;
-        attach:-p | attach:--pid | attach:-t | attach:--tid | report:-t | report:--tid)
+        attach:-p | attach:--pid | attach:-t | attach:--tid | tcp:-p | tcp:--pid | report:-t | report:--tid)
             for name in /proc/[0-9]*; do
                 [[ ${name#/proc/} != "$word"* ]] || COMPREPLY+=("${name#/proc/}")
             done
@@ -51,9 +51,10 @@ _latrace() {
     fi
     local words=''
     case "$verb" in
-        '') words='attach run flame report diff doctor demo --version -h --help' ;;
+        '') words='attach run tcp flame report diff doctor demo --version -h --help' ;;
         attach) words='-p --pid -t --tid --comm --cgroup --children -d --duration -o --output -f --force --min --slow --no-stacks --stack-budget --cpu-samples --without --ring-size --json -v --verbose -q --quiet -h --help' ;;
         run) words='--children -d --duration -o --output -f --force --min --slow --no-stacks --stack-budget --cpu-samples --without --ring-size --json -v --verbose -q --quiet -h --help' ;;
+        tcp) words='-p --pid -a --all -d --duration -o --output -f --force --json -v --verbose -q --quiet -h --help' ;;
         flame) words='-i --input --kind --format -f --force -q --quiet -h --help' ;;
         report) words='-i --input --since --until -t --tid --over --json -o --output -f --force -q --quiet -h --help' ;;
         diff) words='-o --output --kind --json -f --force -q --quiet -h --help' ;;

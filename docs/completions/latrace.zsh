@@ -6,6 +6,7 @@ local -a verbs
 verbs=(
     'attach:Trace processes until Ctrl-C, a duration or their end'
     'run:Start a program and trace it from its first instruction'
+    'tcp:Show TCP retransmits as they happen, then by connection'
     'flame:Draw where the threads waited, and for whom, as a flame graph'
     'report:Tell why the threads waited\: in words, as JSON or as a page'
     'diff:Compare two captures, and tell which differences are noise'
@@ -59,6 +60,18 @@ case $line[1] in
             '(-q --quiet)'{-q,--quiet}'[Say nothing on the way but warnings.]' \
             '(-h --help)'{-h,--help}'[Show the help.]' \
             '*::command:_normal'
+        ;;
+    tcp)
+        _arguments -s \
+            '(-p --pid)'{-p,--pid}'[Processes\: all their threads, present and future.]:PID\[,PID\]:_pids' \
+            '(-a --all)'{-a,--all}'[Every process of the host; so it is without --pid, too.]' \
+            '(-d --duration)'{-d,--duration}'[Stop after this long\: 30s, 5m; a bare number is seconds.]:TIME: ' \
+            '(-o --output)'{-o,--output}'[Where the capture goes. Without it\: latrace.data; an earlier one is moved to latrace.data.old.]:DIR:_files -/' \
+            '(-f --force)'{-f,--force}'[Replace an output that exists.]' \
+            ''--json'[Print the report as JSON, for machines.]' \
+            '(-v --verbose)'{-v,--verbose}'[Say more on the way.]' \
+            '(-q --quiet)'{-q,--quiet}'[Say nothing on the way but warnings.]' \
+            '(-h --help)'{-h,--help}'[Show the help.]'
         ;;
     flame)
         _arguments -s \

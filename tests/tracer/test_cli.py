@@ -27,7 +27,7 @@ from latrace.tracer.options import Options
 from latrace.tracer.outputs import OutputDir
 from latrace.tracer.processes import read_task
 
-COMMANDS = ("attach", "run", "flame", "report", "diff", "doctor", "demo")
+COMMANDS = ("attach", "run", "tcp", "flame", "report", "diff", "doctor", "demo")
 LATRACE = (
     *(sys.executable, "-c"),
     "import sys; from latrace.tracer.cli import main; sys.exit(main())",
@@ -208,6 +208,7 @@ class FakeTracer:
     during: Callable[[threading.Event], None] = staticmethod(lambda _stop: None)
     seen: list[Options] = []  # noqa: RUF012 - one tracer at a time
     left_with: type[BaseException] | None = None
+    live = False
 
     def __init__(
         self,
@@ -226,8 +227,15 @@ class FakeTracer:
         self._out = self._make_out()
         return self
 
-    def run(self, *, stop: threading.Event, on_tick: Callable[[Any], None] | None) -> None:
+    def run(
+        self,
+        *,
+        stop: threading.Event,
+        on_tick: Callable[[Any], None] | None,
+        on_retransmits: Callable[..., None] | None,
+    ) -> None:
         assert on_tick is not None
+        FakeTracer.live = on_retransmits is not None
         FakeTracer.during(stop)
 
     def __exit__(self, kind: type[BaseException] | None, *_rest: object) -> None:

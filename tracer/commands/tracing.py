@@ -25,7 +25,7 @@ from latrace.tracer.options import Options
 from latrace.tracer.outputs import DEFAULT_NAME, OutputDir, create_output_dir
 
 if TYPE_CHECKING:
-    from latrace.tracer.session import Snapshot
+    from latrace.tracer.session import OnRetransmits, Snapshot
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,14 +48,15 @@ def trace(
     signals: StopOnSignals,
     on_attached: Callable[[], None] | None = None,
     on_tick: Callable[[Snapshot], None] | None = None,
+    on_retransmits: OnRetransmits | None = None,
 ) -> Path:
     """Trace as planned until a signal, the duration or the targets' end.
 
     Returns the capture's path, relative to the working directory if it is below that: the user may
     not be able to walk down to it from the root.
 
-    `signals` must be active. `on_attached` is called when the probes are in place. Raises
-    `HostError` when this host or this user can not trace.
+    `signals` must be active. `on_attached` is called when the probes are in place, `on_retransmits`
+    with each batch of them. Raises `HostError` when this host or this user can not trace.
     """
     # Late: what doctor imports is not needed for --help, and errors come before the compiler.
     from latrace.tracer.doctor import explained, require_tracing  # noqa: PLC0415
@@ -88,7 +89,7 @@ def trace(
         status.detail(f"  attached {time.monotonic() - began_s:.2f} s after the checks began")
         if on_attached is not None:
             on_attached()
-        tracer.run(stop=signals.stop, on_tick=tick)
+        tracer.run(stop=signals.stop, on_tick=tick, on_retransmits=on_retransmits)
     finally:
         view.close()
         tracer.__exit__(*sys.exc_info())
@@ -136,8 +137,7 @@ def print_summary(summary: dict[str, Any], *, as_json: bool) -> None:
 
 def say_written(path: Path, *, status: Status) -> None:
     """The last lines of a run: what was written, and what to do with it."""
-    status.say(f"Wrote {path} ({size_of(path)})")
-    source = "" if path == Path(DEFAULT_NAME) else f" -i {shlex.quote(str(path))}"
+    source = say_size(path, status=status)
     say_next(
         (
             (f"{program()} flame{source} wait.svg", "where it waited, as a picture"),
@@ -146,6 +146,12 @@ def say_written(path: Path, *, status: Status) -> None:
         ),
         status=status,
     )
+
+
+def say_size(path: Path, *, status: Status) -> str:
+    """What was written; returns how other commands are told to read it, with a leading space."""
+    status.say(f"Wrote {path} ({size_of(path)})")
+    return "" if path == Path(DEFAULT_NAME) else f" -i {shlex.quote(str(path))}"
 
 
 def say_next(commands: Sequence[tuple[str, str]], *, status: Status) -> None:
