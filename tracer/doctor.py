@@ -22,6 +22,7 @@ from typing import Literal
 
 import latrace
 from latrace.tracer.commands.console import command_line, program
+from latrace.tracer.compile import TCP_TRACEPOINTS
 from latrace.tracer.errors import HostError, LatraceError
 from latrace.tracer.processes import in_initial_pid_namespace
 
@@ -172,6 +173,7 @@ def run_checks(host: Host | None = None) -> list[Check]:
         check_bpf,
         check_books,
         check_user_stacks,
+        check_retransmits,
         check_kernel_symbols,
         check_memlock,
         check_tracefs,
@@ -394,6 +396,28 @@ def check_user_stacks(host: Host) -> Check:
         finding=f"kernel frames only: this kernel has no {_USER_STACK_TRACEPOINT}",
         meaning="a preempted thread's slow wait shows no frames of the program itself",
         remedy="Linux 6.17 or newer has it",
+    )
+
+
+def check_retransmits(host: Host) -> Check:
+    """The tracepoints that tell of lost TCP segments and of whose sockets they are."""
+    name = "retransmits"
+    meaning = "segments that TCP sent again, with the owner of the socket"
+    try:
+        raw = (host.root / "sys/kernel/btf/vmlinux").read_bytes()
+    except OSError:
+        return _skipped(name, meaning, "there is no BTF")
+    missing = [
+        each for each in TCP_TRACEPOINTS.values() if f"\0btf_trace_{each}\0".encode() not in raw
+    ]
+    if not missing:
+        return Check(name=name, state="ok", finding="seen, with their owner", meaning=meaning)
+    return Check(
+        name=name,
+        state="warn",
+        finding=f"not seen: this kernel has no {missing[0]}",
+        meaning="waits that a lost TCP segment lengthened look like any other",
+        remedy="Linux 6.3 or newer has it",
     )
 
 

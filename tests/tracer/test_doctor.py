@@ -70,6 +70,7 @@ def test_a_host_with_everything_may_trace(tmp_path: Path) -> None:
         doctor.check_btf,
         doctor.check_books,
         doctor.check_user_stacks,
+        doctor.check_retransmits,
         doctor.check_kernel_symbols,
     )
     assert {look(host).state for look in looks} == {"ok"}
@@ -117,6 +118,7 @@ def test_without_btf_the_kernel_option_is_named(tmp_path: Path) -> None:
         require_tracing(make_host(tmp_path, btf=None))
     assert "CONFIG_DEBUG_INFO_BTF=y" in caught.value.hint
     assert doctor.check_user_stacks(Host(tmp_path)).state == "skip"
+    assert doctor.check_retransmits(Host(tmp_path)).state == "skip"
 
 
 def test_something_else_in_btfs_place_is_seen(tmp_path: Path) -> None:
@@ -145,6 +147,13 @@ def test_hidden_kernel_symbols_are_a_warning(tmp_path: Path) -> None:
 def test_a_kernel_without_the_tracepoint_of_slow_waits(tmp_path: Path) -> None:
     check = doctor.check_user_stacks(make_host(tmp_path, btf=b"\x9f\xeb\0other\0"))
     assert check.state == "warn"
+
+
+def test_kernel_without_what_tells_whose_a_socket_is(tmp_path: Path) -> None:
+    names = b"btf_trace_tcp_retransmit_skb\0btf_trace_tcp_retransmit_synack\0"
+    check = doctor.check_retransmits(make_host(tmp_path, btf=b"\x9f\xeb\0" + names))
+    assert (check.state, check.remedy) == ("warn", "Linux 6.3 or newer has it")
+    assert check.finding == "not seen: this kernel has no inet_sock_set_state"
 
 
 @pytest.mark.parametrize(
