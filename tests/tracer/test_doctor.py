@@ -16,6 +16,7 @@ import pytest
 
 from latrace.tracer import doctor
 from latrace.tracer.commands.doctor import render_checks
+from latrace.tracer.compile import TCP_TRACEPOINTS
 from latrace.tracer.doctor import Check, Host, explain, explained, require_tracing, run_checks
 from latrace.tracer.errors import HostError, LatraceError
 
@@ -24,6 +25,9 @@ LATRACE = (
     *(sys.executable, "-c"),
     "import sys; from latrace.tracer.cli import main; sys.exit(main())",
 )
+WHOLE_BTF = b"\x9f\xeb" + b"".join(
+    f"\0btf_trace_{name}\0".encode() for name in ("sched_exit_tp", *TCP_TRACEPOINTS.values())
+)
 BPF_AND_PERFMON = 1 << 39 | 1 << 38
 
 
@@ -31,7 +35,7 @@ def make_host(
     root: Path,
     *,
     capabilities: int = ALL_CAPABILITIES,
-    btf: bytes | None = b"\x9f\xeb" + b"\0btf_trace_sched_exit_tp\0",
+    btf: bytes | None = WHOLE_BTF,
     lockdown: str | None = "[none] integrity confidentiality\n",
     schedstat: str | None = "100 200 3\n",
     kallsyms: str = "ffffffff81000000 T _text\nffffffff81000010 T next\n",
