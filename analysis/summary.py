@@ -21,6 +21,7 @@ from latrace.analysis.capture import Capture
 from latrace.analysis.causes import Parts, by_cause, no_parts, parts_of
 from latrace.analysis.culprits import Slices, scan_slices, stack_numbers
 from latrace.analysis.frames import NamedStack, name_stacks
+from latrace.analysis.retransmits import read_retransmits, summarise_retransmits
 from latrace.analysis.rows import Rows, Slow, StackSum, Sum, Survey, scan, survey
 from latrace.analysis.schema import SCHEMA_VERSION
 from latrace.analysis.selection import Selection
@@ -40,8 +41,8 @@ def summarise(
 
     Besides the contract's keys: `selection`, `waits.by_kind`, `waits.blocked`,
     `waits.culprit_processes`, `waits.culprits_all`, `throttling`, `processes`, `threads`,
-    `waiting_at_end`, `wakers`, `syscalls` and `stacks`, at most `top` entries each, the greatest
-    first. Everything in it can be written as JSON.
+    `waiting_at_end`, `wakers`, `syscalls` and `stacks`, and more in `retransmits`; at most `top`
+    entries each, the greatest first. Everything in it can be written as JSON.
 
     Raises CaptureError for a damaged file.
     """
@@ -108,7 +109,7 @@ def summarise(
         "syscalls": _syscalls(rows)[:top],
         "stacks": _stacks(rows, stacks, top=top),
         "sleeps": sleeps(evidence),
-        "retransmits": {"count": 0, "by_peer": []},
+        "retransmits": summarise_retransmits(read_retransmits(capture, selection), top=top),
         "overhead": _overhead(capture.manifest),
     }
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from latrace.analysis import attribution_text
+from latrace.analysis import attribution_text, retransmits_text
 from latrace.analysis.page import BOLD, LABEL, NUMBER, Page, comm, frames, who
 from latrace.analysis.words import cells, duration, fit, pad, percent, plural, share, size, visible
 
@@ -32,8 +32,8 @@ def render_text(summary: Summary, *, width: int = 80, colour: bool = False) -> s
     _unfinished(page, summary)
     page.line(_headline(summary, page.width), style=BOLD)
     answer = attribution_text.answer(summary)
-    if answer:
-        page.prose(answer, indent="", style=BOLD)
+    for said in (answer, retransmits_text.answer(summary)):
+        page.prose(said, indent="", style=BOLD)
     _selected(page, summary)
     for warning in _warnings(summary):
         page.warn(warning)
@@ -42,6 +42,7 @@ def render_text(summary: Summary, *, width: int = 80, colour: bool = False) -> s
         attribution_text.causes(page, summary)
         attribution_text.quotas(page, summary)
         attribution_text.threads(page, summary)
+    retransmits_text.retransmits(page, summary["retransmits"])
     attribution_text.sleep_calls(page, summary)
     if summary["waits"]["count"]:
         _processes(page, summary)

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from latrace.analysis.causes import CAUSES
+from latrace.analysis.retransmits import read_retransmits
 from latrace.flamegraphs.profile import (
     NOT_ITEMISED,
     NOT_SAMPLED,
@@ -92,6 +93,7 @@ class CaptureTables(Protocol):
     @property
     def truncated(self) -> list[str]: ...  # noqa: D102
     def table(self, name: str, *, columns: Sequence[str]) -> pa.Table: ...  # noqa: D102
+    def batches(self, name: str, *, columns: Sequence[str]) -> Iterator[pa.Table]: ...  # noqa: D102
 
 
 @dataclass(slots=True)
@@ -137,7 +139,8 @@ def build_profile(capture: CaptureTables, *, kind: Kind, pids: bool = True) -> P
     wait: `[waiting: cause]` → process → user frames → `-` → kernel frames, by the time then spent
     waiting to run. The width of each cause is its exact total; a sampled wait is split by its own
     parts. A capture without causes has no such frame.
-    offcpu: the same, and `[blocked]` beside, with its exact total.
+    offcpu: the same, and `[blocked]` beside, with its exact total. At the tip of a blocked stack
+    `[tcp rto PEER]` stands for the part of its time that overlaps lost segments of the socket.
     culprit: who ran on the CPU meanwhile → its stack when it left. The width of a culprit is its
     time in the recorded waits (`slices`); its stacks share that. What the exact totals have beyond
     (waits without a row, or too short to be itemised) stands under `[not itemised]` by cause. Time
@@ -210,9 +213,17 @@ def _parts(
     parts = _waiting(capture, known, process, totals, apart=kind != "wait")
     if kind != "wait":
         blocked = _Part((BLOCKED,), totals["blocked_ns"])
-        _add_stacks(
-            blocked, _grouped(capture, "waits", _WHERE, "blocked_weight_ns"), known, process
-        )
+        groups = _grouped(capture, "waits", _WHERE, "blocked_weight_ns")
+        known.load(stack for _, stack, _ in groups)
+        lossy = _lossy(capture)
+        for tgid, stack, weight_ns in groups:
+            frames = (process(tgid), *known.left_at(stack))
+            of_losses = lossy.get((tgid, stack), {})
+            for loss, lossy_ns in of_losses.items():
+                blocked.add((*frames, loss), lossy_ns)
+            rest = weight_ns - sum(of_losses.values())
+            if rest:
+                blocked.add(frames, rest)
         parts.append(blocked)
     if kind == "wall":
         on_cpu = _Part((ON_CPU,), None)
@@ -228,6 +239,36 @@ def _add_stacks(
     known.load(stack for _, stack, _ in groups)
     for tgid, stack, weight_ns in groups:
         part.add((process(tgid), *known.left_at(stack)), weight_ns)
+
+
+def _lossy(capture: CaptureTables) -> dict[tuple[int, int | None], dict[Frame, int]]:
+    """Return, by (tgid, stack), how much of the sampled blocked time (ns) overlaps lost segments.
+
+    Never more than a stack has.
+    """
+    found = read_retransmits(capture)
+    good = found.waits.counts & (found.waits.blocked_ns > 0)
+    rows = found.waits.row[good]
+    if not len(rows):
+        return {}
+    waits = capture.table("waits", columns=(*_WHERE, "blocked_weight_ns")).take(pa.array(rows))
+    columns = (waits[name].to_pylist() for name in (*_WHERE, "blocked_weight_ns"))
+    parts = zip(
+        found.waits.loss[good].tolist(),
+        found.waits.overlap_ns[good].tolist(),
+        found.waits.blocked_ns[good].tolist(),
+        *columns,
+        strict=True,
+    )
+    sums: dict[tuple[int, int | None], dict[Frame, int]] = {}
+    for loss, overlap_ns, blocked_ns, tgid, stack, weight_ns in parts:
+        lossy_ns = (weight_ns or 0) * overlap_ns // blocked_ns
+        if lossy_ns:
+            kinds = "+".join(kind for kind, _ in found.losses.kinds[loss])
+            frame = Frame(f"[tcp {kinds} {found.losses.peer[loss]}]", "network")
+            of_stack = sums.setdefault((tgid, stack), {})
+            of_stack[frame] = of_stack.get(frame, 0) + lossy_ns
+    return sums
 
 
 def _waiting(

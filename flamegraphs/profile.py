@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal, NamedTuple, TypeAlias
 
-FrameKind: TypeAlias = Literal["state", "process", "thread", "user", "jit", "kernel", "marker"]
+FrameKind: TypeAlias = Literal[
+    "state", "process", "thread", "user", "jit", "kernel", "network", "marker"
+]
 
 
 class Frame(NamedTuple):

@@ -46,6 +46,7 @@ _LEGEND: Final[dict[FrameKind, str]] = {
     "user": "user",
     "jit": "JIT",
     "kernel": "kernel",
+    "network": "lost TCP segments",
     "marker": "marker",
 }
 

@@ -79,7 +79,7 @@ def test_the_contract_of_report_json(tmp_path: Path) -> None:
     } <= summary["waits"].keys()
     assert {"over_ns", "count", "total_ns", "by_cause_ns"} <= summary["waits"]["tail"].keys()
     assert summary["sleeps"] == []
-    assert summary["retransmits"] == {"count": 0, "by_peer": []}
+    assert summary["retransmits"].items() >= {"count": 0, "by_peer": []}.items()
     assert {"bpf_ns", "programs", "self_cpu_s"} <= summary["overhead"].keys()
     assert summary["capture"]["duration_s"] == 10.0
     assert summary["capture"]["targets"] == MANIFEST["targets"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import xml.etree.ElementTree as ET
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -148,3 +148,6 @@ class MemoryCapture:
     def table(self, name: str, *, columns: Sequence[str] | None = None) -> pa.Table:
         table = self._tables[name]
         return table if columns is None else table.select(list(columns))
+
+    def batches(self, name: str, *, columns: Sequence[str]) -> Iterator[pa.Table]:
+        yield self.table(name, columns=columns)

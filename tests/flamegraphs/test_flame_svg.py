@@ -106,7 +106,10 @@ def test_long_facts_wrap_and_nothing_leaves_the_page() -> None:
 def test_the_legend_names_the_kinds_that_are_drawn_and_no_others() -> None:
     kinds = get_args(FrameKind)
     everything = Profile(title="t", stacks=[((Frame("f", kind),), 1) for kind in kinds])
-    for profile, expected in ((everything, set(kinds)), (SMALL, set(kinds) - {"thread", "state"})):
+    for profile, expected in (
+        (everything, set(kinds)),
+        (SMALL, set(kinds) - {"thread", "state", "network"}),
+    ):
         root = ET.fromstring(to_svg(profile))  # noqa: S314
         (legend,) = [g for g in root.iter(f"{SVG}g") if g.get("class") == "legend"]
         assert {g.get("class") for g in legend.findall(f"{SVG}g")} == expected
@@ -134,8 +137,9 @@ def test_kinds_are_apart_in_grey_and_their_text_is_readable(
     grey = {kind: 116 * luminance(fills[kind]) ** (1 / 3) - 16 for kind in fills}
     apart = sorted(grey[kind] for kind in ("state", "user", "kernel", "jit", "marker"))
     assert all(b - a >= 9 for a, b in pairwise(apart)), grey
+    bright = ("state", "user", "jit", "network")
     for kind in get_args(FrameKind):
-        dark_text = kind != "state" if theme == "light" else kind in ("state", "user", "jit")
+        dark_text = kind != "state" if theme == "light" else kind in bright
         light_ink = "#ffffff" if theme == "light" else "#e8ebef"
         ink = luminance("#10141a" if dark_text else light_ink)
         low, high = sorted((ink, luminance(fills[kind])))
