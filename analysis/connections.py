@@ -151,13 +151,14 @@ def _connection(row: Mapping[str, Any]) -> Row:
 
 
 def _by_kind(sent_again: pa.Table) -> list[Row]:
+    segs = pc.cast(sent_again["segs"], pa.int64())
     rows = pa.table(
         {
             "cookie": sent_again["cookie"],
             "kind": pc.cast(sent_again["kind"], pa.utf8()),
-            "segs": pc.cast(sent_again["segs"], pa.int64()),
+            "segs": segs,
             "len": pc.cast(sent_again["len"], pa.int64()),
-            "failed": pc.cast(pc.less(sent_again["err"].fill_null(0), 0), pa.int64()),
+            "failed": pc.if_else(pc.less(sent_again["err"].fill_null(0), 0), segs, 0),
         }
     )
     sums = [("segs", "sum"), ("segs", "count"), ("len", "sum"), ("failed", "sum")]

@@ -122,7 +122,7 @@ def _what(each: Mapping[str, Any]) -> str:
     kinds = ", ".join(
         f"{kind} {each['by_kind'][kind]:,}" for kind in KINDS if each["by_kind"][kind]
     )
-    failed = f" ({each['failed']:,} of them refused by this host)" if each["failed"] else ""
+    failed = f" ({each['failed']:,} of them never left this host)" if each["failed"] else ""
     owners = [
         f"{comm(owner['comm']) or '(name not seen)'} (pid {owner['tgid']})"
         for owner in each["owners"][:_LISTED_OWNERS]
