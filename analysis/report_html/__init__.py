@@ -12,9 +12,10 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from latrace.analysis.capture import Capture
-from latrace.analysis.report_html import charts, series
+from latrace.analysis.report_html import charts, losses, series
 from latrace.analysis.report_html.page import Flame, Pictures, write_page
 from latrace.analysis.report_html.wording import percent
+from latrace.analysis.retransmits import read_retransmits
 from latrace.analysis.selection import Selection
 from latrace.flamegraphs import KINDS, build_profile, to_svg
 
@@ -70,6 +71,9 @@ def _pictures(capture: Capture, summary: Mapping[str, Any], selection: Selection
         tail=charts.tail_curve(counts, marks) if counts.any() else "",
         sleeps=charts.sleep_calls(sleeps, drawn) if drawn else "",
         calls=drawn,
+        losses=losses.strip(read_retransmits(capture, selection), window)
+        if timed and summary["retransmits"]["count"]
+        else "",
         heat_note=_note(summary, selection),
         flames=_flames(capture),
     )

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any, Final
 
-from latrace.analysis import attribution_text
+from latrace.analysis import attribution_text, retransmits_text
 from latrace.analysis.causes import CAUSES
 from latrace.analysis.frames import telling
 from latrace.analysis.report_html import elements, wording
@@ -46,6 +46,8 @@ def head(summary: Summary) -> str:
     because = (
         f"<p class=lead>{prose(attribution_text.answer(summary))}</p>" if _known(summary) else ""
     )
+    lost = retransmits_text.answer(summary)
+    because += f"<p class=lead>{prose(lost)}</p>" if lost else ""
     alarms = "".join(f"<p>{prose(text)}</p>" for text in _warnings(summary))
     return (
         f"<header><p class=kicker>latrace · waits for a CPU{_when(capture)}</p>"

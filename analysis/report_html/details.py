@@ -26,9 +26,13 @@ def over_time(summary: Summary, pictures: Pictures) -> str:
         out.append(
             elements.figure(
                 "When waits ended, and how long they were",
-                pictures.heat,
-                f"One wait {scale} the most, on a logarithmic scale.",
+                pictures.heat + pictures.losses,
+                f"One wait {scale} the most, on a logarithmic scale.{_marks(pictures)}",
             )
+        )
+    elif pictures.losses:
+        out.append(
+            elements.figure("When TCP segments were lost", pictures.losses, _marks(pictures))
         )
     if pictures.causes:
         whole = summary["waits"]["by_cause_ns"]
@@ -47,6 +51,15 @@ def over_time(summary: Summary, pictures: Pictures) -> str:
     if out and pictures.heat_note:
         out.append(f"<p class=soft>{pictures.heat_note}</p>")
     return "".join(out)
+
+
+def _marks(pictures: Pictures) -> str:
+    if not pictures.losses:
+        return ""
+    return (
+        f" {elements.swatch('net')}A TCP segment was sent again; the bar below shows how long one "
+        "was missing."
+    )
 
 
 def distribution(summary: Summary, pictures: Pictures) -> str:

@@ -11,7 +11,7 @@ from html import escape
 from importlib import resources
 from typing import Any, Final
 
-from latrace.analysis.report_html import answer, details, trust
+from latrace.analysis.report_html import answer, details, losses, trust
 from latrace.analysis.report_html.wording import safe
 
 Summary = Mapping[str, Any]
@@ -45,6 +45,8 @@ class Pictures:
     sleeps: str = ""
     calls: Sequence[str] = ()
     """The calls in `sleeps`, in the order of their colours."""
+    losses: str = ""
+    """Marks for when TCP segments were sent again, on the axis of the plots over time."""
     heat_note: str = ""
     """Which waits the plots over time do not have."""
     flames: Sequence[Flame] = ()
@@ -57,6 +59,7 @@ def write_page(summary: Summary, manifest: Mapping[str, Any], pictures: Pictures
         ("Over time", lambda: details.over_time(summary, pictures)),
         ("Distribution", lambda: details.distribution(summary, pictures)),
         ("Sleep calls", lambda: details.sleeps(summary, pictures)),
+        ("Lost TCP segments", lambda: losses.tables(summary)),
         ("Threads", lambda: details.threads(summary)),
         ("Woken by, blocked in", lambda: details.around(summary)),
         ("Flame graphs", lambda: _flames(pictures)),
