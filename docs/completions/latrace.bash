@@ -25,7 +25,7 @@ _latrace() {
             done < <(cat /proc/[0-9]*/comm 2>/dev/null | sort -u)
             return
             ;;
-        attach:--cgroup | attach:-o | attach:--output | run:-o | run:--output | tcp:-o | tcp:--output | flame:-i | flame:--input | report:-i | report:--input | demo:-o | demo:--output)
+        attach:--cgroup | attach:-o | attach:--output | run:-o | run:--output | tcp:-o | tcp:--output | tcp:-i | tcp:--input | flame:-i | flame:--input | report:-i | report:--input | demo:-o | demo:--output)
             compopt -o filenames; mapfile -t COMPREPLY < <(compgen -d -- "$word")
             return
             ;;
@@ -54,7 +54,7 @@ _latrace() {
         '') words='attach run tcp flame report diff doctor demo --version -h --help' ;;
         attach) words='-p --pid -t --tid --comm --cgroup --children -d --duration -o --output -f --force --min --slow --no-stacks --stack-budget --cpu-samples --without --ring-size --json -v --verbose -q --quiet -h --help' ;;
         run) words='--children -d --duration -o --output -f --force --min --slow --no-stacks --stack-budget --cpu-samples --without --ring-size --json -v --verbose -q --quiet -h --help' ;;
-        tcp) words='-p --pid -a --all -d --duration -o --output -f --force --json -v --verbose -q --quiet -h --help' ;;
+        tcp) words='-p --pid -a --all -d --duration -o --output -f --force -i --input --json -v --verbose -q --quiet -h --help' ;;
         flame) words='-i --input --kind --format -f --force -q --quiet -h --help' ;;
         report) words='-i --input --since --until -t --tid --over --json -o --output -f --force -q --quiet -h --help' ;;
         diff) words='-o --output --kind --json -f --force -q --quiet -h --help' ;;

@@ -64,10 +64,11 @@ case $line[1] in
     tcp)
         _arguments -s \
             '(-p --pid)'{-p,--pid}'[Processes\: all their threads, present and future.]:PID\[,PID\]:_pids' \
-            '(-a --all)'{-a,--all}'[Every process of the host; so it is without --pid, too.]' \
+            '(-a --all)'{-a,--all}'[Every process of the host, as without --pid.]' \
             '(-d --duration)'{-d,--duration}'[Stop after this long\: 30s, 5m; a bare number is seconds.]:TIME: ' \
             '(-o --output)'{-o,--output}'[Where the capture goes. Without it\: latrace.data; an earlier one is moved to latrace.data.old.]:DIR:_files -/' \
             '(-f --force)'{-f,--force}'[Replace an output that exists.]' \
+            '(-i --input)'{-i,--input}'[Trace nothing\: tell it of this capture.]:DIR:_files -/' \
             ''--json'[Print the report as JSON, for machines.]' \
             '(-v --verbose)'{-v,--verbose}'[Say more on the way.]' \
             '(-q --quiet)'{-q,--quiet}'[Say nothing on the way but warnings.]' \

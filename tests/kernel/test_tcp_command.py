@@ -162,6 +162,9 @@ def test_a_process_in_another_network_namespace(
     assert capture.complete
     assert capture.waits.num_rows
     assert capture.slices.num_rows == capture.samples.num_rows == 0
+    # Of which the losses made some longer: those that it slept in until it could send more.
+    assert summary["lengthened_ns"] <= summary["blocked_ns"]
+    assert summary["lengthened_count"] == 0 or summary["lengthened"][0]["tgid"] == sender.pid
 
 
 def test_all_processes_live_and_at_the_end(folder: Path, hosts: tuple[Host, Host]) -> None:
@@ -189,7 +192,9 @@ def test_all_processes_live_and_at_the_end(folder: Path, hosts: tuple[Host, Host
     (line,) = [line for line in told.splitlines() if f":{port} > :{PORT}" in line]
     assert line.split()[3] == f"{segs:,}"
     assert f"in all {segs:,}" in " ".join(told.split())
-    assert err.splitlines()[-1].startswith("Wrote latrace.data (")
+    wrote, following = err.splitlines()[-2:]
+    assert wrote.startswith("Wrote latrace.data (")
+    assert following.startswith("Next: latrace tcp -i latrace.data ")
     for path in (folder / "latrace.data", *(folder / "latrace.data").iterdir()):
         assert path.stat().st_uid == NOBODY
     capture = latrace.open("latrace.data")
@@ -199,6 +204,10 @@ def test_all_processes_live_and_at_the_end(folder: Path, hosts: tuple[Host, Host
     assert told_of["retrans_segs_end"] - told_of["retrans_segs_start"] == segs
     (row,) = [row for row in capture.table("connections").to_pylist() if row["sport"] == port]
     assert (row["owners"], row["start_segs_out"]) == ([sender.pid], None)
+    # Anybody can have it told once more.
+    again = as_nobody("tcp", "-i", "latrace.data")
+    assert (again.returncode, again.stderr) == (0, "")
+    assert again.stdout == told
 
 
 @pytest.mark.parametrize("options", [[], ["-p"]], ids=["all", "pid"])
@@ -257,6 +266,8 @@ def test_a_reader_that_had_enough_ends_it(folder: Path, hosts: tuple[Host, Host]
         ("--pid x", 2, "--pid 'x' is not a process or thread id"),
         ("--pid 1 --all", 2, "--pid and --all exclude each other"),
         ("-d 0", 2, "--duration 0 is not a time to trace for"),
+        ("-i latrace.data -d 1", 2, "--input reads a capture"),
+        ("-i latrace.data", 1, "there is no capture at latrace.data"),
     ],
 )
 def test_an_error_is_a_cause_a_hint_and_a_code(
@@ -270,13 +281,17 @@ def test_an_error_is_a_cause_a_hint_and_a_code(
     assert list(folder.iterdir()) == []
 
 
-def test_without_root_it_says_so(folder: Path) -> None:
+def as_nobody(*arguments: str) -> subprocess.CompletedProcess[str]:
     setpriv = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"]
     # To read our code, wherever the checkout is.
     setpriv += ["--inh-caps=-all,+dac_read_search", "--ambient-caps=-all,+dac_read_search"]
-    result = subprocess.run(
-        [*setpriv, *LATRACE, "tcp", "-d", "1"], capture_output=True, text=True, check=False
+    return subprocess.run(
+        [*setpriv, *LATRACE, *arguments], capture_output=True, text=True, check=False
     )
+
+
+def test_without_root_it_says_so(folder: Path) -> None:
+    result = as_nobody("tcp", "-d", "1")
     assert result.returncode == 3, result.stderr
     assert "needs root" in result.stderr
     assert list(folder.iterdir()) == []

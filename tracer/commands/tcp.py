@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -26,11 +28,18 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 _TOP_TEXT, _TOP_JSON = 10, 1000
+_LENGTHENED = ("lengthened_count", "lengthened_ns", "blocked_ns", "weak_count", "lengthened")
+"""What `latrace report --json` has in `retransmits`, too."""
 _NOT_NEEDED = frozenset({"causes", "culprits", "interrupts", "sleeps"})
 
 All = Annotated[
     bool,
-    typer.Option("-a", "--all", help="Every process of the host; so it is without --pid, too."),
+    typer.Option("-a", "--all", help="Every process of the host, as without --pid."),
+]
+
+Source = Annotated[
+    Path | None,
+    typer.Option("-i", "--input", metavar="DIR", help="Trace nothing: tell it of this capture."),
 ]
 
 
@@ -41,6 +50,7 @@ def tcp(
     duration: params.Duration = None,
     output: params.Output = None,
     force: params.Force = False,
+    source: Source = None,
     as_json: params.Json = False,
     verbose: params.Verbose = False,
     quiet: params.Quiet = False,
@@ -50,15 +60,25 @@ def tcp(
     Needs root. A line for each, whose it is and why it was sent again; at the
     end how many of how many segments, by peer and connection, held against
     the kernel's own counters. With --pid the waits of these processes are
-    traced as well, and which of them a loss made longer is told.
+    traced as well, and which of them a loss made longer is told. With --input
+    it tells all this of a capture; that needs no root.
 
     \b
     sudo latrace tcp
     sudo latrace tcp --pid 812 -d 30s
+    latrace tcp -i latrace.data
     """
     status = Status(quiet=quiet, verbose=verbose)
     if pid is not None and everything:
         raise UsageError("--pid and --all exclude each other", hint="leave one of them out")
+    if source is not None:
+        if pid is not None or everything or duration or output or force:
+            raise UsageError(
+                "--input reads a capture, and the other options are for making one",
+                hint=f"only --json goes with it: {program()} tcp -i {shlex.quote(str(source))}",
+            )
+        _report(source, as_json=as_json)
+        return
     with StopOnSignals() as signals:
         options = Options(
             all_sockets=True,
@@ -90,31 +110,53 @@ def tcp(
             on_retransmits=lines.add,
         )
         lines.close()
-    # Before root is given up: the program's own files may be readable to root alone.
-    from latrace.analysis.capture import open_capture  # noqa: PLC0415 - heavy, after the trace
+    _import_analysis()
+    give_up_root()
+    if not as_json and not quiet:
+        write_out("\n")
+    _report(path, as_json=as_json)
+    read = say_size(path, status=status)
+    if pid is None:
+        again = f"{program()} tcp -i {shlex.quote(str(path))}"
+        commands = [(again, "the same once more; needs no root")]
+    else:
+        commands = [
+            (f"{program()} report{read}", "all waits for a CPU, too"),
+            (f"{program()} flame{read} --kind offcpu blocked.svg", "where it was blocked"),
+        ]
+    say_next(commands, status=status)
+
+
+def _import_analysis() -> None:
+    """Import it while root: the program's own files may be readable to nobody else."""
+    import latrace.analysis.capture  # noqa: PLC0415 - heavy, after the trace
+    import latrace.analysis.connections_text  # noqa: PLC0415
+    import latrace.analysis.retransmits_text  # noqa: F401, PLC0415
+
+
+def _report(path: Path, *, as_json: bool) -> None:
+    """The connections of a capture on stdout, and below them what the losses did to the waits."""
+    from latrace.analysis.capture import open_capture  # noqa: PLC0415
     from latrace.analysis.connections import summarise_connections  # noqa: PLC0415
     from latrace.analysis.connections_text import render_connections  # noqa: PLC0415
+    from latrace.analysis.retransmits import (  # noqa: PLC0415
+        read_retransmits,
+        summarise_retransmits,
+    )
+    from latrace.analysis.retransmits_text import lengthened_text  # noqa: PLC0415
 
-    give_up_root()
     capture = open_capture(path)
-    summary = summarise_connections(capture, top=_TOP_JSON if as_json else _TOP_TEXT)
+    connections = summarise_connections(capture, top=_TOP_JSON if as_json else _TOP_TEXT)
+    waits = summarise_retransmits(read_retransmits(capture))
     if as_json:
-        write_out(json.dumps(summary, indent=2, ensure_ascii=True) + "\n")
-    else:
-        text = render_connections(
-            summary, width=width_of(sys.stdout), colour=wants_colour(sys.stdout)
-        )
-        # What the losses did to the waits of the processes is told here, below the connections.
-        write_out(("" if quiet else "\n") + text)
-    source = say_size(path, status=status)
-    if pid is not None:
-        say_next(
-            (
-                (f"{program()} report{source}", "all their waits for a CPU"),
-                (f"{program()} flame{source} --kind offcpu blocked.svg", "where they blocked"),
-            ),
-            status=status,
-        )
+        told = connections | {name: waits[name] for name in _LENGTHENED}
+        write_out(json.dumps(told, indent=2, ensure_ascii=True) + "\n")
+        return
+    width, colour = width_of(sys.stdout), wants_colour(sys.stdout)
+    write_out(
+        render_connections(connections, width=width, colour=colour)
+        + lengthened_text(waits, width=width, colour=colour)
+    )
 
 
 class _Lines:
