@@ -54,7 +54,7 @@ CALLS: Final = frozenset(
 
 EVIDENCE: Final = ("read next", "its socket", "same process")
 """What speaks for a wait being lengthened, the best first. The last is told only of losses that
-nothing better is known of, and counts nowhere."""
+nothing better is known of, of one wait each, and counts nowhere."""
 READ_NEXT, ITS_SOCKET, SAME_PROCESS = range(3)
 
 SOON_NS: Final = 5_000_000
@@ -345,7 +345,7 @@ def _next(
     """Tell of each (socket, time) when the socket's next event was, then or later; -1: never."""
     if not len(events.ts_ns) or not len(ts):
         return np.full(len(ts), -1, np.int64)
-    moments = np.unique(events.ts_ns)
+    moments = np.sort(events.ts_ns)
     ours = _keys(
         np.searchsorted(sockets, events.cookie), np.searchsorted(moments, events.ts_ns), moments
     )
@@ -403,8 +403,8 @@ def _reads(
     """
     if not len(socket) or not len(received.ts_ns):
         return _Moments(received.ts_ns[:0], received.tid[:0], np.zeros(0, np.intp))
-    moments = np.unique(first_ns)
-    begun = _keys(socket, np.searchsorted(moments, first_ns) + 1, moments)
+    moments = np.sort(first_ns)
+    begun = _keys(socket, np.searchsorted(moments, first_ns, side="right"), moments)
     of = np.minimum(np.searchsorted(sockets, received.cookie), len(sockets) - 1)
     wanted = _keys(of, np.searchsorted(moments, received.ts_ns, side="right"), moments)
     at = np.searchsorted(begun, wanted, side="right") - 1
@@ -460,7 +460,7 @@ class _Waits:
         self, tid: npt.NDArray[np.int32], at_ns: Times, times: Times, *, side: str
     ) -> npt.NDArray[np.intp]:
         """Find where a thread's moment stands among its waits; `tid` without any: anywhere."""
-        moments = np.unique(times)
+        moments = np.sort(times)
         ours = _keys(self.thread, np.searchsorted(moments, times), moments)
         which = np.minimum(np.searchsorted(self.tids, tid), len(self.tids) - 1)
         rank = np.searchsorted(moments, at_ns, side=side)  # type: ignore[call-overload]
@@ -571,7 +571,10 @@ class _Pairs:
         # It began with the loss, as far as can be told.
         starts = np.where(begin >= self.of.early_ns[loss], begin, starts)
         overlap = np.minimum(woken, self.of.end_ns[loss]) - np.maximum(begin, starts)
-        keep = overlap > 0
+        keep = np.flatnonzero(overlap > 0)
+        if evidence == SAME_PROCESS:
+            keep = keep[_most_of_each(loss[keep], overlap[keep], waits.row[at[keep]])]
+        begin, woken = begin[keep], woken[keep]
         at, loss, overlap = at[keep], loss[keep], overlap[keep]
         if len(at):
             self._parts.append(
@@ -582,8 +585,8 @@ class _Pairs:
                     waits.tid[at],
                     waits.tgid[at],
                     waits.call[at],
-                    waits.begin_ns[at],
-                    woken[keep] - begin[keep],
+                    begin,
+                    woken - begin,
                     overlap,
                 )
             )
@@ -604,9 +607,23 @@ class _Pairs:
             for number, kind in enumerate(types)
         ]
         row, loss, evidence, *_, overlap = columns
+        good, weak = (
+            np.flatnonzero(evidence < SAME_PROCESS),
+            np.flatnonzero(evidence >= SAME_PROCESS),
+        )
+        weak = weak[_most_of_each(loss[weak], overlap[weak], row[weak])]
+        columns = [one[np.concatenate([good, weak])] for one in columns]
+        row, loss, evidence, *_, overlap = columns
         order = np.lexsort((loss, -overlap, evidence, row))
         order = order[np.diff(row[order], prepend=-1) != 0]
         return Lengthened(*(one[order] for one in columns))
+
+
+def _most_of_each(loss: npt.NDArray[np.intp], overlap: Times, row: Times) -> npt.NDArray[np.intp]:
+    """Tell where each loss has most in common with a wait; of several, the first row."""
+    order = np.lexsort((row, -overlap, loss))
+    most: npt.NDArray[np.intp] = order[np.diff(loss[order], prepend=-1) != 0]
+    return most
 
 
 # --- for the report ----------------------------------------------------------------------------
@@ -616,7 +633,8 @@ def summarise_retransmits(found: Retransmits, *, top: int = 10) -> dict[str, Any
     """Sum up: `retransmits` in `latrace report --json`, at most `top` entries of each list.
 
     `lengthened_count`, `lengthened_ns` and `blocked_ns` are of all waits with good evidence, which
-    come first in `lengthened`, the most lengthened before others; `weak_count` is of the others.
+    come first in `lengthened`, the most lengthened before others; `weak_count` is of the others, of
+    each loss the one that overlaps it most.
     """
     rows, losses, waits = found.rows, found.losses, found.waits
     peers: dict[str, dict[str, Any]] = {}

@@ -78,7 +78,7 @@ def lengthened(page: Page, told: Told) -> None:
     if shown and told["weak_count"]:
         page.prose(
             f"besides, {plural(told['weak_count'], 'call')} of which only the process is that of "
-            "the socket: not counted"
+            "the socket; not counted"
         )
 
 
