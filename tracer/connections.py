@@ -1,9 +1,9 @@
 """The TCP connections of the targets: who has them open, and what the kernel counted for each.
 
 Who: an iterator over all open files (lat_iter_sockets), when the trace begins and when it ends.
-What: TCP_INFO through sock_diag(7), asked with pyroute2 in the connection's own network namespace
-at the same two moments. A connection that was closed in between has told it then (RECORD_CLOSED),
-and one that nobody has open any more, though it is not closed yet, tells it at the end.
+What: TCP_INFO. When the trace begins, through sock_diag(7), asked with pyroute2 in the connection's
+own network namespace; when it ends, as the probes read it from each socket at once, whether or not
+somebody has it open. A connection that was closed in between has told it then (RECORD_CLOSED).
 """
 
 from __future__ import annotations
@@ -88,22 +88,23 @@ class Connections:
         """Columns of the table `connections`: those not closed; empty where there are none."""
         if self._sockets is None:
             return {}
-        rows = np.frombuffer(bpf.read_iterator(self._sockets, self._map), SOCKET)
+        rows = self._all_sockets()
         rows = rows[~np.isin(rows["state"], [STATES.index(name) for name in _NO_CONNECTIONS])]
         if not len(rows):
             return {}
         return self._columns(rows, self._look()) | {"closed_ns": [None] * len(rows)}
+
+    def _all_sockets(self) -> npt.NDArray[np.void]:
+        """The sockets that the probes know, as they are now: shape (n,) of dtype SOCKET."""
+        raw = b"" if self._sockets is None else bpf.read_iterator(self._sockets, self._map)
+        return np.frombuffer(raw, SOCKET)
 
     def _columns(self, rows: npt.NDArray[np.void], now: Mapping[int, _Seen]) -> dict[str, Any]:
         """All columns but `closed_ns`; `now`: what else is known of these sockets."""
         cookies = rows["cookie"].tolist()
         before = [self._before.get(cookie, _UNSEEN) for cookie in cookies]
         after = [now.get(cookie, _UNSEEN) for cookie in cookies]
-        told = zip(*(column.tolist() for column in _counted(rows).values()), strict=True)
-        last = [
-            dict(zip(INFO, values, strict=True)) | dict(seen.info)
-            for values, seen in zip(told, after, strict=True)
-        ]
+        last = _infos(rows)
         return {
             "cookie": rows["cookie"],
             "netns": rows["netns"].astype(np.uint64),
@@ -150,6 +151,11 @@ class Connections:
                         congestion=attributes.get("INET_DIAG_CONG", ""),
                         info={name: info[known] for name, known in INFO.items() if known in info},
                     )
+        if not all(each.info for each in seen.values()):  # in a namespace that no owner lives in
+            rows = self._all_sockets()
+            for cookie, info in zip(rows["cookie"].tolist(), _infos(rows), strict=True):
+                if cookie in seen and not seen[cookie].info:
+                    seen[cookie] = replace(seen[cookie], info=info)
         return seen
 
     def _ask(self, netns: int, tgids: Iterable[int]) -> Iterable[Any]:
@@ -198,12 +204,13 @@ def _statistics(namespace: int) -> list[Any]:
     return answers
 
 
-def _counted(rows: npt.NDArray[np.void]) -> dict[str, npt.NDArray[np.uint64]]:
-    """TCP_INFO as tcp_get_info() (net/ipv4/tcp.c) works it out, in the order of INFO."""
+def _infos(rows: npt.NDArray[np.void]) -> list[dict[str, int]]:
+    """TCP_INFO as tcp_get_info() (net/ipv4/tcp.c) works it out; `rows`: of dtype SOCKET."""
     rate = rows["rate_delivered"].astype(np.uint64) * rows["mss"] * np.uint64(1_000_000)
     odd = {
         "rtt_us": rows["srtt_us"],
         "rto_us": rto_us(rows),
         "delivery_rate": rate // np.maximum(rows["rate_interval_us"], 1),
     }
-    return {name: odd[name] if name in odd else rows[name] for name in INFO}
+    columns = ((odd[name] if name in odd else rows[name]).tolist() for name in INFO)
+    return [dict(zip(INFO, values, strict=True)) for values in zip(*columns, strict=True)]

@@ -387,6 +387,7 @@ class Tracer:
             "highest_slow_ns": self._budget.highest_slow_ns,
             "kernel_run_delay_ns": counters["kernel_ns"],
             "traced_run_delay_ns": counters["timed_ns"],
+            "traced_by_kernel_clock_ns": counters["clock_ns"],
             "kernel_pcount": counters["kernel_count"],
             "timed_waits": counters["timed_waits"],
             "unbooked": counters["unbooked"],
@@ -435,7 +436,8 @@ class Tracer:
         self._sampler.close()
         self._probes.detach()
         time.sleep(_SETTLE_S)
-        netns = self._namespaces.finish()
+        # At once: what is sent again from now on is in these counters and in no row.
+        netns, connections = self._namespaces.finish(), self._connections.finish()
         open_at_end = self._recorder.write_open_threads(
             self._read_iterator("lat_iter_end"),
             self._cgroups,
@@ -444,7 +446,7 @@ class Tracer:
         )
         while self._ring.used():
             self._drain()
-        self._add_connections(self._connections.finish())
+        self._add_connections(connections)
         symbols = self._recorder.finish()
         self._write_snapshot()
         self._recorder.update_manifest(
