@@ -5,6 +5,11 @@
  * `run_delay`, for how long it queued. It times nothing where its run-queue clock did not move
  * between enqueue and arrival (kernel/sched/stats.h): a wake-up on an idle CPU, or one that
  * preempts at once.
+ *
+ * That clock stands still for part of some waits: it is read when the queue is locked, and not
+ * even then once a wake-up has decided to preempt (RQCF_REQ_SKIP in kernel/sched/sched.h), though
+ * the interrupt that woke may go on for long. So each wait is also measured with that clock, read
+ * at our own events: these sums must be equal, and the difference to ours is how it stood.
  */
 #pragma once
 
@@ -78,6 +83,7 @@ static inline void look_at_books(struct cpu_state *c, struct thread_state *s, u6
 		if (gained) {
 			c->timed_waits++;
 			c->timed_ns += ours;
+			c->clock_ns += s->last_clock_ns;
 		} else {
 			c->blind_waits++;
 			c->blind_ns += ours;

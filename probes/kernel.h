@@ -89,6 +89,7 @@ struct thread_state {
 	u64 causes[CAUSES];
 	u64 kernel_ns, kernel_count;		/* sched_info at the last look */
 	u64 last_wait_ns;			/* + 1; not yet compared with it */
+	u64 queued_clock, last_clock_ns;	/* the same wait by the clock that the books are kept in */
 	u32 waker_tid, waker_tgid;
 	char waker[COMM_BYTES];
 	u32 slot;
@@ -197,6 +198,18 @@ static inline void copy_comm(char *to, u64 task)
 
 /* The number its wait histogram has. The first processes get one each; all later ones
  * share slot 0, so the sum over slots is exact in any case. */
+/* The clock of the run queue that a thread is on or was on last; 0: not known. It is set at most
+ * once for each time that the queue is locked, and stands where a wake-up preempts. */
+static inline u64 queue_clock(u64 task)
+{
+	u64 cfs_rq = LD64(task, OFF_SE_CFS_RQ), rq;
+
+	if (!cfs_rq)
+		return 0;
+	rq = LD64(cfs_rq, OFF_CFS_RQ_RQ);
+	return LD64(rq, OFF_RQ_CLOCK);
+}
+
 static inline u32 slot_of(u32 tgid)
 {
 	u32 *have = lat_slots.lookup(&tgid), slot = 0;

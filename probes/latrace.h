@@ -165,7 +165,7 @@ struct cpu_state {
 	u64 unseen_ns;			/* waits whose events were not fired */
 	u64 lost_sleeps, never_blocked, zero_timeout;
 	u64 lost_sockets;
-	u64 pad[1];			/* no two CPUs share a cache line */
+	u64 clock_ns;			/* timed_ns by the kernel's clock: a whole number of cache lines */
 };
 
 struct comm_pattern { u64 value[2], mask[2]; };

@@ -124,6 +124,7 @@ int lat_wakeup(u64 *ctx)
 	if (s->wait.place == PLACE_WAITING && !s->queue_cpu) {
 		u32 here = bpf_get_smp_processor_id();
 
+		s->queued_clock = queue_clock(task);
 		cause_queued(s, task, now, now > s->wait.start_ns ? now - s->wait.start_ns : 0,
 			     here == s->waking_cpu && here == LD32(task, OFF_TASK_CPU) ?
 				     s->waker_ctx : CTX_TASK);
@@ -143,6 +144,7 @@ int lat_wakeup_new(u64 *ctx)
 		return 0;
 	now = bpf_ktime_get_ns();
 	wait_start(&s->wait, now, WAIT_NEW);
+	s->queued_clock = queue_clock(task);
 	cause_queued(s, task, now, 0, CTX_TASK);
 	cause_throttled(ctx, s, task);
 	no_waker(s);
@@ -195,6 +197,7 @@ static inline void leave(void *ctx, u64 task, u64 now, int runnable, int dead)
 	}
 	wait_leave(&s->wait, now, runnable);
 	if (runnable) {
+		s->queued_clock = queue_clock(task);
 		cause_queued(s, task, now, 0, CTX_TASK);
 		cause_throttled(ctx, s, task);
 		no_waker(s);
@@ -289,7 +292,7 @@ static inline void enter(void *ctx, u64 task, u64 now, struct cpu_clock *k)
 {
 	struct thread_state *s = state_of(task);
 	struct cpu_state *c = this_cpu();
-	u64 wait, wakeup;
+	u64 wait, wakeup, clock;
 	int started;
 	u8 place;
 
@@ -298,11 +301,12 @@ static inline void enter(void *ctx, u64 task, u64 now, struct cpu_clock *k)
 	if (s->wait.place == PLACE_WAITING && s->wait.start_ns > now)
 		c->discarded++;
 	place = s->wait.place;
+	clock = queue_clock(task);
 	wait = wait_enter(&s->wait, now, &started);
 	if (!started) {
 		/* Already waiting when we came, or its wake-up was not seen. The kernel knows
 		 * since when: its run-queue clock was read a moment ago, in __schedule(). */
-		u64 queued = LD64(task, OFF_LAST_QUEUED), cfs_rq, rq, clock;
+		u64 queued = LD64(task, OFF_LAST_QUEUED);
 
 		if (place == PLACE_UNKNOWN)
 			c->open_at_start++;
@@ -312,14 +316,12 @@ static inline void enter(void *ctx, u64 task, u64 now, struct cpu_clock *k)
 			cause_unqueued(s);
 			return;
 		}
-		cfs_rq = LD64(task, OFF_SE_CFS_RQ);
-		rq = LD64(cfs_rq, OFF_CFS_RQ_RQ);
-		clock = LD64(rq, OFF_RQ_CLOCK);
 		if (clock < queued) {
 			cause_unqueued(s);
 			return;
 		}
 		wait = clock - queued;
+		s->queued_clock = queued;
 		s->wait.kind = WAIT_WAKEUP;
 		s->wait.blocked_ns = 0;
 		s->wait.queued_ns = 0;
@@ -330,7 +332,8 @@ static inline void enter(void *ctx, u64 task, u64 now, struct cpu_clock *k)
 		s->waker_ctx = CTX_UNKNOWN;
 	}
 	wakeup = s->wait.queued_ns ? s->wait.queued_ns - (now - wait) : 0;
-	s->last_wait_ns = wait - wakeup + 1;	/* the kernel's clock starts when it is queued */
+	s->last_wait_ns = wait - wakeup + 1;	/* the books begin when it is queued */
+	s->last_clock_ns = clock > s->queued_clock ? clock - s->queued_clock : 0;
 	/* Preempted between setting its state to sleep and sleeping: runnable, yet the kernel opens
 	 * no entry for such a wait (sched_info_depart() asks task_is_running()). */
 	c->unbooked += !LD64(task, OFF_LAST_QUEUED);

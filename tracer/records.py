@@ -304,7 +304,7 @@ CPU_STATE = np.dtype(
         ("never_blocked", "<u8"),
         ("zero_timeout", "<u8"),
         ("lost_sockets", "<u8"),
-        ("pad", "<u8", 1),
+        ("clock_ns", "<u8"),
     ]
 )
 CONTROL = np.dtype(

@@ -170,6 +170,22 @@ def test_the_books_frighten_nobody_who_need_not_be(summary: dict[str, Any]) -> N
     assert "counted here" in text
 
 
+def test_a_clock_that_stood_still_is_no_bad_news(summary: dict[str, Any]) -> None:
+    """The same waits by the kernel's clock are the kernel's: nothing was missed."""
+    odd = copy.deepcopy(summary)
+    odd["quality"].update(
+        coverage=0.94,
+        kernel_run_delay_ns=10**9,
+        traced_run_delay_ns=940_000_000,
+        traced_by_kernel_clock_ns=1_000_200_000,
+    )
+    text = render_text(odd, width=300)
+    assert "!!!" not in text
+    assert "94.00 % of the 1.00 s in the kernel's own books, 100.02 % by the books' own" in text
+    odd["quality"]["traced_by_kernel_clock_ns"] = 940_000_000
+    assert "94.0 %): totals may be that much too low" in render_text(odd, width=300)
+
+
 def test_no_waits_at_all(tmp_path: Path) -> None:
     text = render_text(summarise(open_capture(write_capture(tmp_path / "c", {}))))
     assert text.startswith("redis-server (pid 812): no wait to run in 10.0 s\n")
