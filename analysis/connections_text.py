@@ -180,6 +180,11 @@ def _checks(page: Page, summary: Summary) -> None:
             "A network namespace's counter (Tcp: RetransSegs) is of all its sockets, whoever has "
             "them."
         )
+    if any(kernels not in {ours, None} for _, ours, kernels in rows):
+        page.prose(
+            "What is sent again in the milliseconds in which tracing begins or ends may be in the "
+            "kernel's figure alone."
+        )
     if any(kernels is None for _, _, kernels in rows):
         page.prose("-: when the trace ended, nobody lived there any more to read it by.")
 

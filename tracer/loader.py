@@ -29,6 +29,7 @@ from .compiled import Compiled, Map, Program, with_maps
 from .errors import HostError
 from .options import Options
 
+_COUNT_SENT_AGAIN = ("lat_retransmit", "lat_synack")
 SOCKET_PROGRAMS = frozenset({*TCP_TRACEPOINTS, "lat_iter_sockets", "lat_iter_storage"})
 
 # One for each process, as far as these bytes go; the processes beyond share one.
@@ -107,8 +108,12 @@ class Probes:
             os.close(self.links.pop(name))
 
     def detach(self) -> None:
-        """Detach them all; maps and counters stay readable. Safe to call twice."""
-        for name in list(self.links):
+        """Detach them all; maps and counters stay readable. Safe to call twice.
+
+        Those that count what is sent again come last. Where others trace too, the kernel waits for
+        a grace period at each: the kernel's own counters must not run on meanwhile.
+        """
+        for name in sorted(self.links, key=lambda name: name in _COUNT_SENT_AGAIN):
             self.switch(name, on=False)
 
     def close(self) -> None:

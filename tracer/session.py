@@ -435,9 +435,9 @@ class Tracer:
         self._cost.close()
         self._sampler.close()
         self._probes.detach()
-        time.sleep(_SETTLE_S)
         # At once: what is sent again from now on is in these counters and in no row.
         netns, connections = self._namespaces.finish(), self._connections.finish()
+        time.sleep(_SETTLE_S)
         open_at_end = self._recorder.write_open_threads(
             self._read_iterator("lat_iter_end"),
             self._cgroups,
