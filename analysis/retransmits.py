@@ -43,13 +43,17 @@ import pyarrow.compute as pc
 from latrace.analysis.chunks import chunks, names, numbers
 from latrace.analysis.selection import Selection
 
-CALLS: Final = frozenset(
+READS: Final = frozenset(
     {
-        *("read", "readv", "recvfrom", "recvmsg", "recvmmsg", "accept", "accept4", "connect"),
-        *("write", "writev", "sendto", "sendmsg", "sendmmsg", "sendfile", "splice"),
+        *("read", "readv", "recvfrom", "recvmsg", "recvmmsg", "accept", "accept4", "splice"),
         *("select", "pselect6", "poll", "ppoll", "epoll_wait", "epoll_pwait", "epoll_pwait2"),
     }
 )
+"""System calls in which a thread may wait for something to read."""
+
+CALLS: Final = READS | {
+    *("connect", "write", "writev", "sendto", "sendmsg", "sendmmsg", "sendfile"),
+}
 """System calls in which a thread waits for sockets."""
 
 EVIDENCE: Final = ("read next", "its socket", "same process")
@@ -62,6 +66,7 @@ SOON_NS: Final = 5_000_000
 ends so soon after a retransmit may have been ended by it."""
 
 _CALLS: Final = tuple(sorted(CALLS))
+_READS: Final = np.array([name in READS for name in _CALLS])
 KINDS: Final = ("rto", "fast", "tlp", "synack", "unknown")
 
 _FIRST_TIMEOUT_NS = 1_000_000_000  # of a SYN-ACK (TCP_TIMEOUT_INIT); a SYN's is in its row
@@ -486,9 +491,9 @@ def _lengthened(
         at[waits.woken_ns[np.maximum(at, 0)] > soon] = -1
         pairs.add(waits, at, loss, ITS_SOCKET)
         some = _between(waits, reads.ts_ns)
-        pairs.add(
-            waits, waits.just_over(reads.tid[some], reads.ts_ns[some]), reads.loss[some], READ_NEXT
-        )
+        at = waits.just_over(reads.tid[some], reads.ts_ns[some])
+        at[~_READS[waits.call[np.maximum(at, 0)]]] = -1
+        pairs.add(waits, at, reads.loss[some], READ_NEXT)
     left = np.setdiff1d(np.arange(len(losses)), pairs.losses())
     if len(left):
         for waits in _pieces(capture, selection, losses):

@@ -270,6 +270,12 @@ def test_a_read_much_later_is_another_matter(tmp_path: Path) -> None:
     assert found(tmp_path, LOSS, events, waits) == [(READER, 201, "its socket")]
 
 
+def test_whoever_was_sending_waited_for_no_read(tmp_path: Path) -> None:
+    events = [*OVER, event(1003, "received")]
+    waits = [wait(790, 1001.5, "sendto")]
+    assert found(tmp_path, LOSS, events, waits) == [(READER, 211, "its socket")]
+
+
 def test_what_ended_on_its_own_was_not_lengthened(tmp_path: Path) -> None:
     """A loop that waits 30 ms at a time, and one that is ended by something else much later."""
     waits = [wait(30.7 * n, 30.7 * n + 30, "epoll_wait") for n in range(40)]
@@ -369,6 +375,7 @@ def plainly(losses: Losses, capture: Capture) -> dict[int, tuple[int, int]]:
                 moments.append((end, int(losses.tid[at])))
                 read = any(
                     one["event"] == "received"
+                    and row["syscall"] in retransmits.READS
                     and one["cookie"] == cookie
                     and one["tid"] == row["tid"]
                     and first <= one["ts_ns"] < until
