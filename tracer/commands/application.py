@@ -51,6 +51,7 @@ def latrace(
     \b
       sudo latrace demo               a real example, in a few seconds
       sudo latrace attach --pid PID   trace a process until Ctrl-C
+      sudo latrace tcp                what TCP sends again, and whose it is
       latrace flame wait.svg          the last capture as a flame graph
       sudo latrace doctor             can this host do it?
 
