@@ -110,7 +110,7 @@ def _drawn(
         f'<svg class=losses viewBox="0 0 {form.width} {_HEIGHT}" '
         f'style="aspect-ratio:{form.width}/{_HEIGHT}" role="img" '
         f'aria-label="{escape(label, quote=True)}"><text x="{form.left - 8}" y="13" '
-        f'text-anchor="end">TCP</text>{bars}{drawn}</svg>'
+        f'text-anchor="end" style="fill:var(--soft)">TCP</text>{bars}{drawn}</svg>'
     )
 
 

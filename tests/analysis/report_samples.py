@@ -54,6 +54,7 @@ def make_tables(count: int, *, name: str = "batch-indexer", seed: int = 1) -> di
             int(column[waits["tid"] == tid].sum()) for tid in tables["threads"]["tid"]
         ]
     tables["slices"] = _slices(waits, parts, name, rng)
+    tables |= _lost_segments(waits, name)
     tables["sleeps"], overshoots = _sleeps(max(10, count // 10), rng)
     for call, late in overshoots.items():
         counts = histogram.empty()
@@ -66,6 +67,33 @@ def make_tables(count: int, *, name: str = "batch-indexer", seed: int = 1) -> di
             hist[column] = np.append(hist[column], values)
         hist["snapshot"] = np.append(hist["snapshot"], np.ones(len(low), np.uint32))
     return tables
+
+
+def _lost_segments(waits: Any, name: str) -> dict[str, Any]:
+    """Segments to a host that is called `name`: 20 lost while the first thread waited."""
+    calls = np.array(waits["syscall"].to_pylist()) == "epoll_wait"
+    chosen = np.flatnonzero(calls & (waits["tid"] == 812) & (waits["blocked_ns"] > 1000))[:20]
+    woken = (waits["run_ns"] - waits["wait_ns"])[chosen]
+    count = len(chosen)
+    sent = {
+        "ts_ns": woken - np.uint64(500),
+        "kind": ["rto"] * count,
+        "segs": np.ones(count, np.uint16),
+        "daddr": [name] * count,
+        "dport": np.full(count, 5432, np.uint16),
+        "sport": np.full(count, 40000, np.uint16),
+        "tgid": np.full(count, 812, np.int32),
+        "tid": np.full(count, 812, np.int32),
+        "cookie": np.arange(count).astype(np.uint64),
+        "srtt_us": np.full(count, 100, np.uint32),
+        "rto_us": np.full(count, 200_000, np.uint32),
+    }
+    recovered = {
+        "ts_ns": woken,
+        "event": ["recovered"] * count,
+        "cookie": np.arange(count).astype(np.uint64),
+    }
+    return {"retransmits": sent, "socket_events": recovered}
 
 
 def _frames(name: str) -> dict[str, Any]:

@@ -247,7 +247,7 @@ def test_no_script_may_run_but_the_flame_graphs(page: str) -> None:
 
 def test_one_drawing_serves_light_and_dark(page: str) -> None:
     pictures = re.findall(r'<div class="(?:wide|narrow)">(<svg.*?</svg>)', page, re.S)
-    assert len(pictures) == 8
+    assert len(pictures) == 10
     for picture in pictures:
         assert set(re.findall(r"#[0-9a-f]{6}\b", re.sub(r"base64,[^\"]*", "", picture))) <= set()
         assert "var(--soft)" in picture
