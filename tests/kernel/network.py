@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import subprocess
 import uuid
 from collections.abc import Iterator
@@ -46,7 +47,13 @@ class Host:
         return process
 
     def end(self) -> None:
-        """End all that was started here."""
+        """End all that was started here, and what that has started."""
+        told = subprocess.run(
+            ["ip", "netns", "pids", self.namespace], capture_output=True, text=True, check=False
+        )
+        for pid in told.stdout.split():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(pid), signal.SIGKILL)
         while self.running:
             process = self.running.pop()
             process.kill()
