@@ -27,6 +27,7 @@ static u64 (*sock_from_file)(u64 file) = (void *)162;
 
 #define OFF_STATE_TGID 0
 #define OFF_STATE_TID 4
+#define OFF_STATE_RETRANS 8
 struct socket_state {
 	u32 tgid, tid;			/* who used it last */
 	u32 total_retrans;		/* segments, at the last look */
@@ -36,6 +37,9 @@ struct socket_state {
 
 BYTES_OF(socket_state);
 BPF_SK_STORAGE(lat_sockets, struct socket_state_bytes);
+
+/* Of requests for a connection, by cookie: how often a SYN-ACK was seen to be sent once more. */
+BPF_TABLE("lru_hash", u64, u32, lat_requests, 4096);
 
 static inline struct socket_state *socket_of(u64 sk)
 {
@@ -175,17 +179,23 @@ int lat_synack(u64 *ctx)
 {
 	u64 sk = ARG(ctx, 0);
 	struct socket_state *s = socket_of(sk);
+	u64 request = ARG(ctx, 1), cookie;
 	struct socket_record *r;
+	u32 total, *seen;
 
 	if (!s || !is_wanted(s->tgid, s->tid))
 		return 0;
-	r = begin_record(ARG(ctx, 1), RECORD_RETRANSMIT, s);
-	if (!r)
-		return 0;
-	r->kind = RETRANS_SYNACK;
-	r->segs = 1;
-	r->total_retrans = LD8(ARG(ctx, 1), OFF_REQ_RETRANS) + 1;	/* it is counted after this */
-	lat_ring.ringbuf_submit(r, BPF_RB_NO_WAKEUP);
+	total = LD8(request, OFF_REQ_RETRANS) + 1;	/* it is counted after this */
+	cookie = get_socket_cookie(request);
+	seen = lat_requests.lookup(&cookie);
+	r = begin_record(request, RECORD_RETRANSMIT, s);
+	if (r) {
+		r->kind = RETRANS_SYNACK;
+		r->segs = total - (seen ? *seen : 0);
+		r->total_retrans = total;
+		lat_ring.ringbuf_submit(r, BPF_RB_NO_WAKEUP);
+	}
+	lat_requests.update(&cookie, &total);
 	return 0;
 }
 
@@ -277,13 +287,31 @@ static inline void fill_totals(struct socket_record *r, u64 tp)
 	r->mss = LD32(tp, OFF_MSS);
 }
 
+/* Segments that were sent once more, unseen. */
+static inline void send_unseen(u64 sk, u64 tp, struct socket_state *s, u8 kind, u32 segs)
+{
+	struct socket_record *r = begin_record(sk, RECORD_RETRANSMIT, s);
+
+	if (!r)
+		return;
+	fill_tcp(r, tp);
+	r->kind = kind;
+	r->segs = segs;
+	lat_ring.ringbuf_submit(r, BPF_RB_NO_WAKEUP);
+}
+
 static inline void send_closed(u64 sk, struct socket_state *s)
 {
 	struct socket_record *r;
 	u64 tp = skc_to_tcp_sock(sk), sport;
+	u32 total;
 
 	if (!tp)
 		return;
+	total = LD32(tp, OFF_TOTAL_RETRANS);
+	if (total != s->total_retrans)
+		send_unseen(sk, tp, s, RETRANS_UNKNOWN, total - s->total_retrans);
+	s->total_retrans = total;
 	r = begin_record(sk, RECORD_CLOSED, s);
 	if (!r)
 		return;
@@ -293,6 +321,24 @@ static inline void send_closed(u64 sk, struct socket_state *s)
 	fill_tcp(r, tp);
 	fill_totals(r, tp);
 	lat_ring.ringbuf_submit(r, BPF_RB_NO_WAKEUP);
+}
+
+static inline void accept_socket(u64 sk, u64 tp, struct socket_state *s)
+{
+	u32 total = LD32(tp, OFF_TOTAL_RETRANS), *seen;
+	u64 cookie;
+
+	s->total_retrans = total;
+	if (total && is_wanted(s->tgid, s->tid)) {
+		cookie = get_socket_cookie(sk);		/* the request's */
+		seen = lat_requests.lookup(&cookie);
+		if (seen)
+			total -= *seen;
+		if (total)
+			send_unseen(sk, tp, s, RETRANS_SYNACK, total);
+		lat_requests.delete(&cookie);
+	}
+	s->tid = 0;	/* nobody has used it yet */
 }
 
 int lat_socket_state(u64 *ctx)
@@ -313,8 +359,7 @@ int lat_socket_state(u64 *ctx)
 		/* All that it has so far is of the one that listened. */
 		tp = skc_to_tcp_sock(sk);
 		if (tp)
-			s->total_retrans = LD32(tp, OFF_TOTAL_RETRANS);
-		s->tid = 0;
+			accept_socket(sk, tp, s);
 	} else if (now == TCP_CLOSE && old != TCP_LISTEN && is_wanted(s->tgid, s->tid)) {
 		send_closed(sk, s);
 	}
@@ -372,6 +417,7 @@ int lat_iter_storage(u64 *ctx)
 	fill_socket(r, sk, RECORD_CLOSED, &s);
 	fill_tcp(r, tp);
 	fill_totals(r, tp);
+	r->segs = r->total_retrans - LD32(value, OFF_STATE_RETRANS);	/* unseen */
 	seq_write(seq, cell, sizeof(cell));
 	return 0;
 }

@@ -352,7 +352,7 @@ def compile_probes(btf: Btf, switches: dict[str, int]) -> Compiled:
     maps, iterators = list(MAPS), dict(ITERATORS)
     if "TCP_TRACED" in constants:
         wanted |= TCP_TRACEPOINTS
-        maps.append("lat_sockets")
+        maps += ["lat_sockets", "lat_requests"]
     else:
         del iterators["lat_iter_sockets"], iterators["lat_iter_storage"]
     attach = {name: btf.tracepoint(tracepoint) for name, tracepoint in wanted.items()}

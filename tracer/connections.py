@@ -84,15 +84,18 @@ class Connections:
             self._before.pop(cookie, None)
         return columns
 
-    def finish(self) -> dict[str, Any]:
-        """Columns of the table `connections`: those not closed; empty where there are none."""
-        if self._sockets is None:
-            return {}
+    def finish(self) -> tuple[dict[str, Any], npt.NDArray[np.void]]:
+        """Tell of those that are not closed, once the probes are detached.
+
+        Returns columns of the table `connections`, empty where there are none, and retransmits
+        that no event was fired for, shape (n,) of dtype SOCKET.
+        """
         rows = self._all_sockets()
         rows = rows[~np.isin(rows["state"], [STATES.index(name) for name in _NO_CONNECTIONS])]
         if not len(rows):
-            return {}
-        return self._columns(rows, self._look()) | {"closed_ns": [None] * len(rows)}
+            return {}, rows
+        columns = self._columns(rows, self._look()) | {"closed_ns": [None] * len(rows)}
+        return columns, rows[rows["segs"] > 0]
 
     def _all_sockets(self) -> npt.NDArray[np.void]:
         """The sockets that the probes know, as they are now: shape (n,) of dtype SOCKET."""

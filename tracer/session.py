@@ -436,7 +436,7 @@ class Tracer:
         self._sampler.close()
         self._probes.detach()
         # At once: what is sent again from now on is in these counters and in no row.
-        netns, connections = self._namespaces.finish(), self._connections.finish()
+        netns, (connections, unseen) = self._namespaces.finish(), self._connections.finish()
         time.sleep(_SETTLE_S)
         open_at_end = self._recorder.write_open_threads(
             self._read_iterator("lat_iter_end"),
@@ -447,6 +447,9 @@ class Tracer:
         while self._ring.used():
             self._drain()
         self._add_connections(connections)
+        if len(unseen):
+            self._owners.sent_again(unseen)
+            self._recorder.add(Record.RETRANSMIT, unseen, end_ns)
         symbols = self._recorder.finish()
         self._write_snapshot()
         self._recorder.update_manifest(
