@@ -95,6 +95,21 @@ class Capture:
         return self.table("samples")
 
     @cached_property
+    def retransmits(self) -> pa.Table:
+        """TCP segments that sockets of the targets sent once more."""
+        return self.table("retransmits")
+
+    @cached_property
+    def socket_events(self) -> pa.Table:
+        """When the losses of a socket were over, and who received something first then."""
+        return self.table("socket_events")
+
+    @cached_property
+    def connections(self) -> pa.Table:
+        """TCP connections with their TCP_INFO, when the trace began and in the end."""
+        return self.table("connections")
+
+    @cached_property
     def stacks(self) -> pa.Table:
         """Stacks as lists of frame ids, leaf first."""
         return self.table("stacks")

@@ -118,6 +118,7 @@ RETRANSMITS: Final = pa.schema(
         ("len", pa.uint32()),  # in sequence numbers: bytes, and one for SYN or FIN
         ("tgid", pa.int32()),  # who used the socket last; not whom the interrupt came to
         ("tid", pa.int32()),  # 0: nobody was seen to use it
+        ("comm", NAME),  # the owner's name then
         ("netns", pa.uint64()),
         ("cookie", pa.uint64()),
         ("srtt_us", pa.uint32()),

@@ -354,6 +354,7 @@ def _capture(capture: Capture, rows: Rows, names: Mapping[int, str]) -> dict[str
         "truncated": capture.truncated,
         "steal_ns": _steal(manifest),
         "without": [str(part) for part in _list(_object(manifest, "options"), "without")],
+        "all_sockets": bool(_object(manifest, "options").get("all_sockets")),
     }
 
 

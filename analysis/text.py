@@ -78,6 +78,9 @@ def _headline(summary: Summary, width: int) -> str:
     waits, selection = summary["waits"], summary["selection"]
     ns = summary["capture"]["duration_s"] * 1e9
     seconds = duration(selection["until_ns"] - selection["since_ns"] if selection else ns)
+    if summary["capture"]["all_sockets"]:
+        segs = plural(summary["retransmits"]["segs"], "segment")
+        return f"TCP of all processes: {segs} sent again in {seconds}; waits were not traced"
     if not waits["count"]:
         none = "no wait to run in this part" if selection else f"no wait to run in {seconds}"
         return f"{_target(summary['capture']['targets'], width - cells(none) - 2)}: {none}"

@@ -196,8 +196,6 @@ static inline void copy_comm(char *to, u64 task)
 	*(u64 *)(to + 8) = LD64(task, OFF_TASK_COMM + 8);
 }
 
-/* The number its wait histogram has. The first processes get one each; all later ones
- * share slot 0, so the sum over slots is exact in any case. */
 /* The clock of the run queue that a thread is on or was on last; 0: not known. It is set at most
  * once for each time that the queue is locked, and stands where a wake-up preempts. */
 static inline u64 queue_clock(u64 task)
@@ -210,6 +208,8 @@ static inline u64 queue_clock(u64 task)
 	return LD64(rq, OFF_RQ_CLOCK);
 }
 
+/* The number its wait histogram has. The first processes get one each; all later ones
+ * share slot 0, so the sum over slots is exact in any case. */
 static inline u32 slot_of(u32 tgid)
 {
 	u32 *have = lat_slots.lookup(&tgid), slot = 0;

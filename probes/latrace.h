@@ -100,6 +100,7 @@ struct socket_record {
 	u64 bytes_sent, bytes_retrans, bytes_acked, bytes_received;
 	u32 segs_out, segs_in, rate_delivered, rate_interval_us, mss, pad;
 	u8 saddr[16], daddr[16];
+	char comm[COMM_BYTES];
 };
 
 /* Written by an iterator: a process that has a socket of a target open. */

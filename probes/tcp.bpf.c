@@ -28,11 +28,13 @@ static u64 (*sock_from_file)(u64 file) = (void *)162;
 #define OFF_STATE_TGID 0
 #define OFF_STATE_TID 4
 #define OFF_STATE_RETRANS 8
+#define OFF_STATE_COMM 16
 struct socket_state {
 	u32 tgid, tid;			/* who used it last */
 	u32 total_retrans;		/* segments, at the last look */
 	u8 lossy;			/* it retransmitted, and nobody has received since */
 	u8 recovering, pad[2];
+	char comm[COMM_BYTES];
 };
 
 BYTES_OF(socket_state);
@@ -72,6 +74,8 @@ static inline void fill_socket(struct socket_record *r, u64 sk, u8 type, struct 
 	r->ts_ns = bpf_ktime_get_ns();
 	r->tgid = s->tgid;
 	r->tid = s->tid;
+	*(u64 *)r->comm = *(u64 *)s->comm;
+	*(u64 *)(r->comm + 8) = *(u64 *)(s->comm + 8);
 	read_kernel(&r->family, 2, sk + OFF_SK_FAMILY);
 	read_kernel(&r->state, 1, sk + OFF_SK_STATE);
 	read_kernel(&r->sport, 2, sk + OFF_SK_NUM);
@@ -215,29 +219,31 @@ int lat_recovered(u64 *ctx)
 	return 0;
 }
 
-/* A socket is used in process context: by whom. Of those that no target has had, nothing is kept. */
-static inline struct socket_state *use_socket(u64 sk, u32 tgid, u32 tid)
+/* A socket is used in process context: by whom. Of those that no target has had, nothing is kept.
+ * `tid` 0: it is only known that the process has it. */
+static inline struct socket_state *use_socket(u64 sk, u64 task, u32 tid)
 {
 	struct socket_state *s = socket_of(sk), first = {};
+	u32 tgid = LD32(task, OFF_TASK_TGID);
 	struct cpu_state *c;
 	u64 tp;
 
+	if (!s) {
+		if (!is_wanted(tgid, tid))
+			return 0;
+		tp = skc_to_tcp_sock(sk);
+		if (!tp)
+			return 0;
+		first.total_retrans = LD32(tp, OFF_TOTAL_RETRANS);
+		s = lat_sockets.sk_storage_get((void *)sk, &first, BPF_LOCAL_STORAGE_GET_F_CREATE);
+	}
 	if (s) {
 		s->tgid = tgid;
 		s->tid = tid;
-		return s;
-	}
-	if (!is_wanted(tgid, tid))
-		return 0;
-	tp = skc_to_tcp_sock(sk);
-	if (!tp)
-		return 0;
-	first.tgid = tgid;
-	first.tid = tid;
-	first.total_retrans = LD32(tp, OFF_TOTAL_RETRANS);
-	s = lat_sockets.sk_storage_get((void *)sk, &first, BPF_LOCAL_STORAGE_GET_F_CREATE);
-	if (!s && (c = this_cpu()))
+		copy_comm(s->comm, task);
+	} else if ((c = this_cpu())) {
 		c->no_storage++;
+	}
 	return s;
 }
 
@@ -245,7 +251,7 @@ static inline struct socket_state *use_socket_here(u64 sk)
 {
 	u64 task = get_current_task_btf();
 
-	return use_socket(sk, LD32(task, OFF_TASK_TGID), LD32(task, OFF_TASK_PID));
+	return use_socket(sk, task, LD32(task, OFF_TASK_PID));
 }
 
 int lat_sent(u64 *ctx)
@@ -384,7 +390,7 @@ int lat_iter_sockets(u64 *ctx)
 	r.tgid = LD32(task, OFF_TASK_TGID);
 	s = socket_of(sk);
 	if (!s && is_wanted(r.tgid, 0))
-		s = use_socket(sk, r.tgid, 0);
+		s = use_socket(sk, task, 0);
 	if (!s || !is_wanted(s->tgid, s->tid))
 		return 0;
 	r.cookie = get_socket_cookie(sk);
@@ -409,6 +415,8 @@ int lat_iter_storage(u64 *ctx)
 		return 0;
 	s.tgid = LD32(value, OFF_STATE_TGID);
 	s.tid = LD32(value, OFF_STATE_TID);
+	*(u64 *)s.comm = LD64(value, OFF_STATE_COMM);
+	*(u64 *)(s.comm + 8) = LD64(value, OFF_STATE_COMM + 8);
 	if (!is_wanted(s.tgid, s.tid))
 		return 0;
 	tp = skc_to_tcp_sock(sk);

@@ -1,7 +1,6 @@
 """What the processes are called whose sockets sent something again.
 
-Only of the targets the probes tell the names. Whoever is asked for here had a segment lost a moment
-ago, and most live on for as long as the loss lasts.
+Who used a socket last comes with its name; who else has it open is looked up while it lives.
 """
 
 from __future__ import annotations
@@ -28,10 +27,11 @@ class Owners:
         self.names: dict[int, str] = {}
 
     def sent_again(self, rows: npt.NDArray[np.void]) -> None:
-        """Look who these are of; `rows`: retransmits, shape (n,) of dtype SOCKET."""
-        # Anew each time: it may have executed another program since.
-        for tgid in np.unique(rows["tgid"]).tolist():
-            self._look(tgid)
+        """Note whose these are; `rows`: retransmits, shape (n,) of dtype SOCKET."""
+        for tgid, comm in dict(
+            zip(rows["tgid"].tolist(), rows["comm"].tolist(), strict=True)
+        ).items():
+            self._name(tgid, comm)
         if len(self._cookies) < _MOST:
             self._cookies.update(rows["cookie"].tolist())
 
@@ -46,11 +46,12 @@ class Owners:
                         self._look(tgid)
 
     def _look(self, tgid: int) -> None:
-        if tgid not in self.names and len(self.names) >= _MOST:
-            return
         with contextlib.suppress(OSError):
-            raw = (self._proc / str(tgid) / "comm").read_bytes()
-            self.names[tgid] = raw.removesuffix(b"\n").decode("utf-8", "backslashreplace")
+            self._name(tgid, (self._proc / str(tgid) / "comm").read_bytes().removesuffix(b"\n"))
+
+    def _name(self, tgid: int, comm: bytes) -> None:
+        if tgid in self.names or len(self.names) < _MOST:
+            self.names[tgid] = comm.decode("utf-8", "backslashreplace")
 
     def told(self) -> list[dict[str, Any]]:
         """The manifest's `owners`."""

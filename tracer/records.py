@@ -197,6 +197,7 @@ SOCKET = _in_cell(
         ("pad", "<u4"),
         ("saddr", "V16"),
         ("daddr", "V16"),
+        ("comm", "S16"),
     ]
 )
 OWNER = np.dtype(

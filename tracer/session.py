@@ -104,6 +104,8 @@ class Tracer:
         """Of every process seen."""
         self._names: dict[int, str] = {}
         """The first name of the first processes seen."""
+        self._command_lines: dict[int, str] = {}
+        """Theirs, as they last were."""
         self._ended: list[tuple[float, int]] = []
         """When processes ended, and which; their numbers are still targets."""
         self._owners = Owners()
@@ -207,8 +209,11 @@ class Tracer:
 
     def _targets(self) -> list[dict[str, Any]]:
         """The processes traced, most of them at most: a fork bomb must not fill the manifest."""
+        for tgid in self._names:
+            if tgid in self._alive and (line := _command_line(tgid)):
+                self._command_lines[tgid] = line
         return [
-            {"tgid": tgid, "comm": comm, "cmdline": _command_line(tgid)}
+            {"tgid": tgid, "comm": comm, "cmdline": self._command_lines.get(tgid, "")}
             for tgid, comm in self._names.items()
         ]
 

@@ -52,6 +52,7 @@ def retransmit_columns(rows: npt.NDArray[np.void]) -> dict[str, Any]:
         **address_columns(rows),
         "state": names_from_codes(rows["state"], state_name),
         **{name: rows[name] for name in ("seq", "len", "tgid", "tid")},
+        "comm": np.ascontiguousarray(rows["comm"]),
         "netns": rows["netns"].astype(np.uint64),
         **{name: rows[name] for name in ("cookie", "srtt_us", "cwnd", "ssthresh", "in_flight")},
         "rto_us": rto_us(rows),
