@@ -20,6 +20,8 @@ from latrace.analysis.schema import SCHEMA_VERSION
 KINDS: Final = ("rto", "fast", "tlp", "synack", "unknown")
 _STATE: Final = ("rtt_us", "rttvar_us", "rto_us", "cwnd", "ssthresh", "delivery_rate")
 
+_EVERYWHERE: Final = ("0.0.0.0", "::")  # noqa: S104 - what others listen on
+
 Row = dict[str, Any]
 
 
@@ -32,9 +34,13 @@ def summarise_connections(capture: Capture, *, top: int = 10) -> dict[str, Any]:
 
     Raises CaptureError for a damaged file.
     """
-    sent_again, table = capture.table("retransmits"), capture.table("connections")
+    sent_again, sockets = capture.table("retransmits"), capture.table("connections")
+    listens = pc.fill_null(pc.equal(pc.cast(sockets["state"], pa.utf8()), "listen"), False)
+    table = sockets.filter(pc.invert(listens))
     known = _grown(table)
-    listed = _with_retransmits(sent_again, table, known, _names(capture))
+    listed = _with_retransmits(
+        sent_again, table, known, _Listeners(sockets.filter(listens)), _names(capture)
+    )
     listed.sort(key=lambda each: (-each["segs"], each["cookie"]))
     manifest = capture.manifest
     options = manifest.get("options") or {}
@@ -96,6 +102,7 @@ def _with_retransmits(
     sent_again: pa.Table,
     table: pa.Table,
     known: Mapping[str, list[int | None]],
+    listeners: _Listeners,
     names: Mapping[int, str],
 ) -> list[Row]:
     """List the connections that sent something again."""
@@ -119,11 +126,29 @@ def _with_retransmits(
     for place, row in zip(places, rows, strict=True):
         _fill(found[row["cookie"]], row, {name: known[name][place] for name in known})
     for each in found.values():
-        owners = each["owners"] or [each.pop("tgid")]
+        owners = each["owners"] or listeners.owners(each) or [each.pop("tgid")]
         each.pop("tgid", None)
         each["owners"] = [{"tgid": tgid, "comm": names.get(tgid, "")} for tgid in owners]
         each["rate"] = each["segs"] / each["segs_out"] if each["segs_out"] else None
     return list(found.values())
+
+
+class _Listeners:
+    """Who listens where: a request for a connection is theirs, of all of them."""
+
+    def __init__(self, table: pa.Table) -> None:
+        self._owners: dict[tuple[int, int], list[Row]] = {}
+        columns = table.select(["netns", "sport", "saddr", "owners"])
+        for row in columns.to_pylist():
+            self._owners.setdefault((row["netns"], row["sport"]), []).append(row)
+
+    def owners(self, each: Row) -> list[int]:
+        """The processes that a request may be of; none for a connection."""
+        if each["segs"] != each["by_kind"]["synack"]:
+            return []
+        here = {each["saddr"], *_EVERYWHERE}
+        listening = self._owners.get((each["netns"], each["sport"]), [])
+        return sorted({tgid for row in listening if row["saddr"] in here for tgid in row["owners"]})
 
 
 def _connection(row: Mapping[str, Any]) -> Row:

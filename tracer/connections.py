@@ -43,7 +43,8 @@ INFO: Final[Mapping[str, str]] = {
 """Column of `connections`, without its `start_` or `end_` ← field of struct tcp_info."""
 
 _ANSWERED: Final = 1 << 1 | 1 << 3  # include/uapi/linux/inet_diag.h: INET_DIAG_INFO, _CONG
-_NO_CONNECTIONS: Final = {"listen", "time-wait", "close", "new-syn-recv"}
+_GONE: Final = {"time-wait", "close", "new-syn-recv"}
+_NO_CONNECTIONS: Final = {"listen", *_GONE}
 _CLONE_NEWNET: Final = 0x40000000
 
 
@@ -85,13 +86,13 @@ class Connections:
         return columns
 
     def finish(self) -> tuple[dict[str, Any], npt.NDArray[np.void]]:
-        """Tell of those that are not closed, once the probes are detached.
+        """Tell of those that are not closed, and of who listens, once the probes are detached.
 
         Returns columns of the table `connections`, empty where there are none, and retransmits
         that no event was fired for, shape (n,) of dtype SOCKET.
         """
         rows = self._all_sockets()
-        rows = rows[~np.isin(rows["state"], [STATES.index(name) for name in _NO_CONNECTIONS])]
+        rows = rows[~np.isin(rows["state"], [STATES.index(name) for name in _GONE])]
         if not len(rows):
             return {}, rows
         columns = self._columns(rows, self._look()) | {"closed_ns": [None] * len(rows)}
@@ -136,12 +137,14 @@ class Connections:
         retrans: dict[int, int] = {}
         records = np.frombuffer(bpf.read_iterator(self._open_files), OWNER)
         for cookie, tgid, netns, total, state in records.tolist():
-            if STATES[state] not in _NO_CONNECTIONS:
+            if STATES[state] not in _GONE:
                 owners.setdefault(cookie, set()).add(tgid)
+            if STATES[state] not in _NO_CONNECTIONS:
                 homes.setdefault(netns, set()).add(tgid)
                 retrans[cookie] = total
         seen = {
-            cookie: _Seen(frozenset(tgids), retrans[cookie]) for cookie, tgids in owners.items()
+            cookie: _Seen(frozenset(tgids), retrans.get(cookie, 0))
+            for cookie, tgids in owners.items()
         }
         for netns, tgids in homes.items():
             for answer in self._ask(netns, tgids):

@@ -148,6 +148,30 @@ def test_what_was_not_seen_is_not_made_up(tmp_path: Path) -> None:
     assert summary["watched"] == {"connections": 2, "segs_out": 100}
 
 
+def test_a_request_is_of_all_who_listen(tmp_path: Path) -> None:
+    """Not of those who listen elsewhere, and what listens is no connection."""
+    asked = {"sport": 80, "kind": "synack", "state": "new-syn-recv"}
+    rows = [retransmit(1, **asked), retransmit(2, **asked), retransmit(3, **asked | {"sport": 81})]
+    listening = {"state": "listen", "sport": 80, "owners": [700, 701], "daddr": "0.0.0.0"}  # noqa: S104 - not bound to
+    capture = capture_of(
+        tmp_path,
+        rows,
+        [
+            connection(10, saddr="0.0.0.0", **listening),  # noqa: S104 - as above
+            connection(11, saddr="10.9.9.9", **listening | {"owners": [702]}),
+            connection(12, saddr="::", **listening | {"netns": 5, "owners": [703]}),
+            connection(2, sport=80, owners=[701]),
+        ],
+    )
+    summary = summarise_connections(capture)
+    owners = {
+        each["cookie"]: [owner["tgid"] for owner in each["owners"]]
+        for each in summary["connections"]
+    }
+    assert owners == {1: [700, 701], 2: [701], 3: [812]}
+    assert summary["watched"]["connections"] == 1
+
+
 def test_connections_and_the_rest_add_up(tmp_path: Path) -> None:
     rng = np.random.default_rng(4)
     rows = [

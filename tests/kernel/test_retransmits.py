@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +14,11 @@ import pytest
 from network import Host, two_hosts
 from tracing import WORKLOADS, Traced, trace
 
+import latrace
+from latrace.analysis.connections import summarise_connections
 from latrace.tracer.options import Options
+from latrace.tracer.outputs import create_output_dir
+from latrace.tracer.session import Tracer
 
 pytestmark = pytest.mark.kernel
 
@@ -58,6 +64,10 @@ def talk(host: Host, output: Path, mode: str, *args: object, **how: Any) -> Trac
     )
 
 
+def children_of(pid: int) -> set[int]:
+    return set(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
+
+
 def rows(traced: Traced) -> list[dict[str, Any]]:
     assert traced.quality["lost_events"] == 0
     found: list[dict[str, Any]] = traced.capture.table("retransmits").to_pylist()
@@ -65,8 +75,8 @@ def rows(traced: Traced) -> list[dict[str, Any]]:
 
 
 def connections(traced: Traced) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = traced.capture.table("connections").to_pylist()
-    return found
+    table = traced.capture.table("connections").to_pylist()
+    return [row for row in table if row["state"] != "listen"]
 
 
 def agree(traced: Traced) -> int:
@@ -163,6 +173,27 @@ def test_a_syn_ack_that_is_lost(tmp_path: Path, hosts: tuple[Host, Host]) -> Non
     told = rows(traced)
     assert {row["kind"] for row in told} == {"synack"}
     assert {row["state"] for row in told} == {"new-syn-recv"}
+
+
+def test_a_request_is_of_all_who_listen(tmp_path: Path, hosts: tuple[Host, Host]) -> None:
+    """Three processes wait for it: the SYN-ACK that is sent again is of each."""
+    near, far = hosts
+    # No answer is heard: the listeners wait on, until the trace has ended.
+    far.lose(f"tcp sport {PORT}", chain="input")
+    far.start(*TALK, "fetch", near.v4, PORT, 1)
+    program = near.start(*TALK, "workers", near.v4, PORT, 1000, 1000, stdin=subprocess.DEVNULL)
+    listening(near)
+    options = Options(pids=(program.pid,), children=True, duration_s=3.5)
+    with Tracer(
+        options, lambda: create_output_dir(tmp_path / "c", force=False), command=[]
+    ) as tracer:
+        tracer.run(stop=threading.Event())
+    summary = summarise_connections(latrace.open(tmp_path / "c"))
+    (each,) = summary["connections"]
+    assert each["by_kind"]["synack"] == each["segs"] >= 1
+    processes = {program.pid, *children_of(program.pid)}
+    assert {owner["tgid"] for owner in each["owners"]} == processes
+    assert len(processes) == 4
 
 
 @pytest.mark.parametrize("mode", ["connect", "earlier", "shared", "threads", "passed"])
