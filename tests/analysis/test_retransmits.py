@@ -16,6 +16,7 @@ from sample_capture import FRAMES, MANIFEST, STACKS, START_NS, write_capture
 
 from latrace.analysis import chunks, retransmits
 from latrace.analysis.capture import Capture, open_capture
+from latrace.analysis.losses import Losses, peer_name
 from latrace.analysis.page import Page
 from latrace.analysis.report_html import losses as losses_html
 from latrace.analysis.report_html import render_html
@@ -23,9 +24,7 @@ from latrace.analysis.report_html.series import Window
 from latrace.analysis.retransmits import (
     EVIDENCE,
     SOON_NS,
-    Losses,
     Retransmits,
-    peer_name,
     read_retransmits,
     summarise_retransmits,
 )
