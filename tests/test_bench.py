@@ -243,6 +243,8 @@ def document() -> dict[str, Any]:
             },
             "pipe": {"load": "pipe", "contenders": contenders},
             "messaging": {"load": "messaging", "contenders": dict(contenders)},
+            "stream": {"load": "flow.py stream", "contenders": dict(contenders)},
+            "requests": {"load": "flow.py requests", "contenders": dict(contenders)},
             "reader": {
                 "ring_bytes": ring,
                 "runs": [
