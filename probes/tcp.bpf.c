@@ -251,6 +251,8 @@ static inline struct socket_state *use_socket_here(u64 sk)
 {
 	u64 task = get_current_task_btf();
 
+	if (LD32(task, OFF_TASK_FLAGS) & PF_KTHREAD)
+		return 0;	/* it works for somebody else */
 	return use_socket(sk, task, LD32(task, OFF_TASK_PID));
 }
 
@@ -263,15 +265,16 @@ int lat_sent(u64 *ctx)
 	return 0;
 }
 
+/* Data has been copied to who receives. */
 int lat_received(u64 *ctx)
 {
 	u64 sk = ARG(ctx, 0);
 	struct socket_state *s;
 
-	if (!is_tcp(sk))
-		return 0;
+	if (!is_tcp(sk) || !LD32(sk, OFF_SK_OWNED))
+		return 0;	/* in a softirq: for a process that is not here */
 	s = use_socket_here(sk);
-	if (!s || !s->lossy || (s64)ARG(ctx, 1) <= 0)
+	if (!s || !s->lossy)
 		return 0;
 	s->lossy = 0;	/* the first one after a retransmit: who had waited for it */
 	if (is_wanted(s->tgid, s->tid))

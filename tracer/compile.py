@@ -125,6 +125,7 @@ _TCP_OFFSETS = {
     "OFF_SK_DADDR6": ("sock", "__sk_common.skc_v6_daddr"),
     "OFF_SK_NET": ("sock", "__sk_common.skc_net"),
     "OFF_SK_PROTOCOL": ("sock", "sk_protocol"),
+    "OFF_SK_OWNED": ("sock", "sk_lock.owned"),
     "OFF_NET_INUM": ("net", "ns.inum"),
     "OFF_INET_SPORT": ("inet_sock", "inet_sport"),
     "OFF_REQ_RETRANS": ("request_sock", "num_retrans"),
@@ -158,10 +159,13 @@ TCP_TRACEPOINTS = {
     "lat_retransmit": "tcp_retransmit_skb",
     "lat_synack": "tcp_retransmit_synack",
     "lat_socket_state": "inet_sock_set_state",
-    "lat_sent": "sock_send_length",  # 6e6eda44b939 (6.3), as the next one
-    "lat_received": "sock_recv_length",
+    "lat_received": "tcp_rcv_space_adjust",
     "lat_recovered": "tcp_cong_state_set",  # c6dbb7d0ddd7 (5.19)
 }
+
+# The first one that is there; where none is, who receives is the owner. Both tell of TCP, the
+# first of nothing else. Since 6.16 and 6.3.
+_SENDING = ("tcp_sendmsg_locked", "sock_send_length")
 
 _TRACEPOINTS = {
     "lat_waking": "sched_waking",
@@ -352,6 +356,8 @@ def compile_probes(btf: Btf, switches: dict[str, int]) -> Compiled:
     maps, iterators = list(MAPS), dict(ITERATORS)
     if "TCP_TRACED" in constants:
         wanted |= TCP_TRACEPOINTS
+        if sending := [name for name in _SENDING if btf.tracepoint(name) is not None]:
+            wanted["lat_sent"] = sending[0]
         maps += ["lat_sockets", "lat_requests"]
     else:
         del iterators["lat_iter_sockets"], iterators["lat_iter_storage"]

@@ -417,7 +417,7 @@ def check_retransmits(host: Host) -> Check:
         state="warn",
         finding=f"not seen: this kernel has no {missing[0]}",
         meaning="waits that a lost TCP segment lengthened look like any other",
-        remedy="Linux 6.3 or newer has it",
+        remedy="Linux 5.19 or newer has it",
     )
 
 

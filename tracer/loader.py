@@ -30,7 +30,7 @@ from .errors import HostError
 from .options import Options
 
 _COUNT_SENT_AGAIN = ("lat_retransmit", "lat_synack")
-SOCKET_PROGRAMS = frozenset({*TCP_TRACEPOINTS, "lat_iter_sockets", "lat_iter_storage"})
+SOCKET_PROGRAMS = frozenset({*TCP_TRACEPOINTS, "lat_sent", "lat_iter_sockets", "lat_iter_storage"})
 
 # One for each process, as far as these bytes go; the processes beyond share one.
 _HISTOGRAMS, _HISTOGRAM_BYTES, _HISTOGRAMS_BYTES = 63, 30_336, 64 << 20
@@ -182,8 +182,8 @@ def _load(compiled: Compiled, build: Build) -> Probes:
         if build.must_see_tcp and "lat_retransmit" not in probes.programs:
             raise HostError(
                 "this kernel does not tell of TCP retransmits: it lacks a tracepoint or a field",
-                hint="Linux 6.3 or newer built with CONFIG_INET and BTF has them (sock_send_length"
-                " is the youngest); waits can be traced all the same: latrace attach",
+                hint="Linux 5.19 or newer built with CONFIG_INET and BTF has them; waits can be"
+                " traced all the same: latrace attach",
             )
     except BaseException:
         probes.close()
