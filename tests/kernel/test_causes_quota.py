@@ -60,8 +60,8 @@ def test_with_a_neighbour_as_well(stage: Stage) -> None:
     assert_waited_all_it_did_not_run(scene)
     throttled = group.throttling().throttled_ns
     # To 2 % of the waiting time: neither is taken for the other.
-    assert ours["throttled"] == pytest.approx(throttled, abs=0.02 * total)
-    assert ours["other"] == pytest.approx(total - throttled, abs=0.03 * total)
+    assert ours["throttled"] == pytest.approx(throttled, abs=0.02 * total + unseen(scene))
+    assert ours["other"] == pytest.approx(total - throttled, abs=0.03 * total + unseen(scene))
     assert ours["other"] / ours["throttled"] == pytest.approx(3 / 4, abs=0.2)
     # The hog ran while the victim was throttled, too, and is not blamed for that.
     slices = scene.slices_of(hog.pid)
@@ -83,13 +83,14 @@ def test_woken_into_a_group_that_is_throttled(stage: Stage) -> None:
     # One long wait each period, ~85 ms. It may run for a moment before (since 6.18 a thread is
     # held up where it returns to user mode): never so far as to tell the time.
     assert (ints(sleeper, "wait_ns") > 50_000_000).sum() >= 15
-    assert total == pytest.approx(facts["late_ns"], rel=0.03)
+    assert total == pytest.approx(facts["late_ns"], abs=0.03 * facts["late_ns"] + unseen(scene))
     assert ours["throttled"] >= 0.95 * total, ours
     assert blamed(sleeper) == {group.name}
     # It is never throttled for longer than the group.
     assert ours["throttled"] <= 1.02 * group.throttling().throttled_ns
     burner = scene.waits_of(int(facts["burner"]))
-    assert parts(burner)["throttled"] == pytest.approx(group.throttling().throttled_ns, rel=0.02)
+    books = group.throttling().throttled_ns
+    assert parts(burner)["throttled"] == pytest.approx(books, abs=0.02 * books + unseen(scene))
     limited(scene, group)
 
 
@@ -101,9 +102,9 @@ def test_a_limit_further_up(stage: Stage) -> None:
     scene = stage.play("spin", 1000, group=child)
     assert parts(scene.waits)["throttled"] >= 0.95 * waited(scene.waits)
     assert blamed(scene.waits) == {parent.name}
-    assert parts(scene.waits)["throttled"] == pytest.approx(
-        parent.throttling().throttled_ns, rel=0.02
-    )
+    books = parent.throttling().throttled_ns
+    # What no event was fired for has no row (docs/limits.md).
+    assert parts(scene.waits)["throttled"] == pytest.approx(books, abs=0.02 * books + unseen(scene))
     limited(scene, parent)
     entries = scene.traced.capture.manifest["cgroups_limited"]
     assert child.name not in {entry["cgroup"] for entry in entries}
