@@ -205,7 +205,7 @@ static inline struct clocks *no_clocks(void)
 static inline void cause_queued(struct thread_state *s, u64 task, u64 now, u64 before_ns, u8 context)
 {
 #if CAUSES_SEEN
-	u64 current = LD64(LD64(LD64(task, OFF_SE_CFS_RQ), OFF_CFS_RQ_RQ), OFF_RQ_CURR);
+	u64 current = LD64(queue_of(task), OFF_RQ_CURR);
 	u64 clock = clock_of_thread(current), before = clock;
 	struct clocks *had = no_clocks();
 

@@ -196,16 +196,17 @@ static inline void copy_comm(char *to, u64 task)
 	*(u64 *)(to + 8) = LD64(task, OFF_TASK_COMM + 8);
 }
 
-/* The clock of the run queue that a thread is on or was on last; 0: not known. It is set at most
- * once for each time that the queue is locked, and stands where a wake-up preempts. */
+/* The run queue that a thread is on or was on last. (Read through a null pointer, all is 0.) */
+static inline u64 queue_of(u64 task)
+{
+	return LD64(LD64(task, OFF_SE_CFS_RQ), OFF_CFS_RQ_RQ);
+}
+
+/* That queue's clock; 0: not known. It is set at most once for each time that the queue is locked,
+ * and stands where a wake-up preempts. */
 static inline u64 queue_clock(u64 task)
 {
-	u64 cfs_rq = LD64(task, OFF_SE_CFS_RQ), rq;
-
-	if (!cfs_rq)
-		return 0;
-	rq = LD64(cfs_rq, OFF_CFS_RQ_RQ);
-	return LD64(rq, OFF_RQ_CLOCK);
+	return LD64(queue_of(task), OFF_RQ_CLOCK);
 }
 
 /* The number its wait histogram has. The first processes get one each; all later ones

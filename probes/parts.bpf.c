@@ -81,7 +81,7 @@ int lat_elsewhere(u64 *ctx)
 	k->elsewhere_ns = 0;
 #if defined(OFF_TASK_GROUP) && defined(OFF_RQ_CLOCK_IDLE)
 	u64 task = ARG(ctx, 2), mask = LD64(task, OFF_TASK_CPUS), allowed = 0;
-	u64 now = LD64(LD64(LD64(task, OFF_SE_CFS_RQ), OFF_CFS_RQ_RQ), OFF_RQ_CLOCK);
+	u64 now = queue_clock(task);
 	u32 cpu, here = bpf_get_smp_processor_id();
 
 	LOOP (cpu = 0; cpu < (NCPU < CPUS_LOOKED_AT ? NCPU : CPUS_LOOKED_AT); cpu++) {

@@ -241,12 +241,11 @@ int lat_timer_start(u64 *ctx)
 /* The timer that runs on this CPU right now; 0: none. */
 static inline u64 running_timer(u64 on_this_cpu)
 {
-	u64 cfs_rq = LD64(on_this_cpu, OFF_SE_CFS_RQ), bases, timer = 0;
+	u64 rq = queue_of(on_this_cpu), bases = rq + TIMER_BASES_FROM_RQ, timer = 0;
 	u32 clock;
 
-	if (!cfs_rq)
+	if (!rq)
 		return 0;
-	bases = LD64(cfs_rq, OFF_CFS_RQ_RQ) + TIMER_BASES_FROM_RQ;
 #pragma unroll
 	for (clock = 0; clock < 4; clock++) {	/* monotonic, real time, boot time, TAI */
 		if (read_kernel(&timer, 8, bases + OFF_BASE_RUNNING + clock * TIMER_BASE_SIZE))

@@ -8,6 +8,8 @@
  *
  * The tracepoint fires once for a buffer of several segments, and since ad892e912b84 (6.17) for
  * some that were not sent at all. What counts is what the socket's own counter gained: `segs`.
+ * Where no event was fired (docs/limits.md), the next row has those segments as well, and after the
+ * last one a row of an unknown kind, when the socket is closed.
  */
 
 #ifdef TCP_TRACED
@@ -25,10 +27,6 @@ static u64 (*skc_to_tcp_sock)(u64 sk) = (void *)137;
 static u64 (*get_socket_cookie)(u64 sk) = (void *)46;
 static u64 (*sock_from_file)(u64 file) = (void *)162;
 
-#define OFF_STATE_TGID 0
-#define OFF_STATE_TID 4
-#define OFF_STATE_RETRANS 8
-#define OFF_STATE_COMM 16
 struct socket_state {
 	u32 tgid, tid;			/* who used it last */
 	u32 total_retrans;		/* segments, at the last look */
@@ -409,26 +407,20 @@ int lat_iter_sockets(u64 *ctx)
  * owner closed them. */
 int lat_iter_storage(u64 *ctx)
 {
-	u64 seq = LD64(LD64(ctx, 0), 0), sk = LD64(ctx, 16), value = LD64(ctx, 24), tp;
+	u64 seq = LD64(LD64(ctx, 0), 0), sk = LD64(ctx, 16), tp;
+	struct socket_state *s = (void *)LD64(ctx, 24);
 	u64 cell[CELL_BYTES / 8] = {};
 	struct socket_record *r = (void *)cell;
-	struct socket_state s;
 
-	if (!sk || !value)
-		return 0;
-	s.tgid = LD32(value, OFF_STATE_TGID);
-	s.tid = LD32(value, OFF_STATE_TID);
-	*(u64 *)s.comm = LD64(value, OFF_STATE_COMM);
-	*(u64 *)(s.comm + 8) = LD64(value, OFF_STATE_COMM + 8);
-	if (!is_wanted(s.tgid, s.tid))
+	if (!sk || !s || !is_wanted(s->tgid, s->tid))
 		return 0;
 	tp = skc_to_tcp_sock(sk);
 	if (!tp)
 		return 0;
-	fill_socket(r, sk, RECORD_CLOSED, &s);
+	fill_socket(r, sk, RECORD_CLOSED, s);
 	fill_tcp(r, tp);
 	fill_totals(r, tp);
-	r->segs = r->total_retrans - LD32(value, OFF_STATE_RETRANS);	/* unseen */
+	r->segs = r->total_retrans - s->total_retrans;	/* unseen */
 	seq_write(seq, cell, sizeof(cell));
 	return 0;
 }

@@ -13,18 +13,15 @@ static inline u8 waker_context(void *ctx, u64 task)
 #if defined(OFF_TASK_PREEMPT_COUNT)
 	count = LD32(task, OFF_TASK_PREEMPT_COUNT);
 #elif defined(PREEMPT_COUNT_FROM_RQ)
-	u64 here = (u64)ctx, cfs_rq, rq;
+	u64 here = (u64)ctx, rq;
 
 	asm volatile("" : "+r"(here));
 	if (here - LD64(task, OFF_TASK_STACK) < THREAD_SIZE &&
 	    !(LD32(task, OFF_TASK_FLAGS) & PF_KTHREAD) &&
 	    (s64)LD64(task_pt_regs(task), OFF_REGS_SYSCALL) >= 0)
 		return CTX_TASK;
-	cfs_rq = LD64(task, OFF_SE_CFS_RQ);
-	if (!cfs_rq)
-		return CTX_UNKNOWN;
-	rq = LD64(cfs_rq, OFF_CFS_RQ_RQ);
-	if (read_kernel(&count, 4, rq + PREEMPT_COUNT_FROM_RQ))
+	rq = queue_of(task);
+	if (!rq || read_kernel(&count, 4, rq + PREEMPT_COUNT_FROM_RQ))
 		return CTX_UNKNOWN;
 #else
 	return CTX_UNKNOWN;
