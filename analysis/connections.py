@@ -15,9 +15,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from latrace.analysis.capture import Capture
+from latrace.analysis.losses import KINDS
 from latrace.analysis.schema import SCHEMA_VERSION
 
-KINDS: Final = ("rto", "fast", "tlp", "synack", "unknown")
 _STATE: Final = ("rtt_us", "rttvar_us", "rto_us", "cwnd", "ssthresh", "delivery_rate")
 
 _EVERYWHERE: Final = ("0.0.0.0", "::")  # noqa: S104 - what others listen on

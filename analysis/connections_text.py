@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
-from latrace.analysis.connections import KINDS
+from latrace.analysis.losses import KINDS
 from latrace.analysis.page import BOLD, DIM, NUMBER, Page, comm
-from latrace.analysis.words import cells, duration, pad, plural, share, size, visible
+from latrace.analysis.words import cells, duration, endpoint, pad, plural, share, size, visible
 
 Summary = Mapping[str, Any]
 
@@ -30,11 +30,6 @@ def render_connections(summary: Summary, *, width: int = 80, colour: bool = Fals
         _connections(page, summary)
     _checks(page, summary)
     return page.text()
-
-
-def address(host: str, port: int) -> str:
-    """Say one end of a connection: `10.0.0.1:443`, `[fd77::1]:443`."""
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _headline(summary: Summary) -> list[str]:
@@ -88,7 +83,7 @@ def _connections(page: Page, summary: Summary) -> None:
             more = f" ({peer['connections']:,} connections)" if peer["connections"] > 1 else ""
             _row(page, visible(daddr) + more, _figures(peer))
         for each in theirs:
-            name = f"  {address(visible(each['saddr']), each['sport'])} > :{each['dport']}"
+            name = f"  {endpoint(visible(each['saddr']), each['sport'])} > :{each['dport']}"
             _row(page, name, _figures(each))
             page.prose(_what(each), indent="      ")
             if state := _state(each):

@@ -33,6 +33,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from latrace.analysis.chunks import names, numbers
+from latrace.analysis.words import endpoint
 
 KINDS: Final = ("rto", "fast", "tlp", "synack", "unknown")
 
@@ -92,7 +93,7 @@ def peer_name(address: str, port: int, own_port: int) -> str:
     """Name the other end: `10.0.0.5:5432`; a client, whose port says nothing, `10.0.0.9 -> :80`."""
     if own_port < _EPHEMERAL <= port:
         return f"{address} -> :{own_port}"
-    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
+    return endpoint(address, port)
 
 
 def peers_of(rows: pa.Table) -> list[str]:

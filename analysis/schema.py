@@ -155,7 +155,7 @@ CONNECTIONS: Final = pa.schema(
         ("sport", pa.uint16()),
         ("daddr", NAME),
         ("dport", pa.uint16()),
-        ("tgid", pa.int32()),  # of those that have it open, one
+        ("tgid", pa.int32()),  # who used it last
         ("owners", pa.list_(pa.int32())),  # the processes that have it open
         ("state", NAME),
         ("congestion", NAME),  # the algorithm's name; "": not seen

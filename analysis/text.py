@@ -20,7 +20,7 @@ _LISTED_WARNINGS = 8
 # The kernel reads its clock at other instructions than ours, and lets it stand still through a
 # wake-up that preempts: up to so much of a single wait is no disagreement.
 _CLOCK_STEP_NS = 5_000
-AGREES = 0.005
+_AGREES = 0.005
 
 _KINDS = {"wakeup": "after a wake-up", "preempted": "preempted", "new": "newly started"}
 _CONTEXTS = {"hardirq": "a hardware interrupt", "softirq": "a soft interrupt"}
@@ -169,8 +169,8 @@ def _books_agree(quality: Mapping[str, Any]) -> bool:
     """Whether the two sums differ by no more than the clocks they are taken with."""
     kernel, traced = (quality[f"{who}_run_delay_ns"] for who in ("kernel", "traced"))
     if by_their_clock := quality.get("traced_by_kernel_clock_ns"):
-        return bool(abs(by_their_clock - kernel) <= AGREES * kernel)
-    allowed = max(AGREES * kernel, _CLOCK_STEP_NS * int(quality.get("timed_waits", 0)))
+        return bool(abs(by_their_clock - kernel) <= _AGREES * kernel)
+    allowed = max(_AGREES * kernel, _CLOCK_STEP_NS * int(quality.get("timed_waits", 0)))
     return bool(abs(traced - kernel) <= allowed)
 
 
@@ -406,6 +406,16 @@ def _counted(summary: Summary) -> str:
     )
 
 
+def books_by_their_clock(quality: Mapping[str, Any]) -> str:
+    """What more to say of the kernel's books where their own clock makes a difference."""
+    ours = quality.get("traced_by_kernel_clock_ns", 0) / quality["kernel_run_delay_ns"]
+    if not ours or abs(ours - quality["coverage"]) <= _AGREES:
+        return ""
+    return (
+        f", {100 * ours:.2f} % by the books' own clock (it stands still while an interrupt works)"
+    )
+
+
 def _books(quality: Mapping[str, Any]) -> str:
     coverage, blind = quality["coverage"], quality["books_blind"]
     if coverage is None:
@@ -415,14 +425,7 @@ def _books(quality: Mapping[str, Any]) -> str:
             f"{100 * coverage:.2f} % of the {duration(quality['kernel_run_delay_ns'])} in the "
             "kernel's own books"
         )
-        by_their_clock = (
-            quality.get("traced_by_kernel_clock_ns", 0) / quality["kernel_run_delay_ns"]
-        )
-        if by_their_clock and abs(by_their_clock - coverage) > AGREES:
-            text += (
-                f", {100 * by_their_clock:.2f} % by the books' own clock (it stands still while an "
-                "interrupt works)"
-            )
+        text += books_by_their_clock(quality)
     if blind["count"]:
         text += (
             f"; besides, {plural(blind['count'], 'wait')} ({duration(blind['ns'])}) that the "

@@ -140,6 +140,11 @@ def pad(text: str, columns: int) -> str:
     return text + " " * (columns - cells(text))
 
 
+def endpoint(host: str, port: int) -> str:
+    """Say one end of a connection: `10.0.0.1:443`, `[fd77::1]:443`."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def _three_digits(value: float) -> str:
     magnitude = abs(value)
     return f"{value:.{2 if magnitude < 9.995 else 1 if magnitude < 99.95 else 0}f}"

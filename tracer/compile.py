@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -249,17 +250,23 @@ def kernel_constants(btf: Btf) -> dict[str, int]:
     return constants
 
 
+def _offsets(btf: Btf, fields: Mapping[str, tuple[str, str]]) -> dict[str, int]:
+    """The offsets of all these fields; empty where this kernel lacks one."""
+    found = {name: btf.offset(*field) for name, field in fields.items()}
+    constants = {name: offset for name, offset in found.items() if offset is not None}
+    return constants if len(constants) == len(found) else {}
+
+
 def _sleep_constants(btf: Btf) -> dict[str, int]:
     """What the probes need to take sleep calls apart; empty where this kernel lacks a part."""
-    found = {name: btf.offset(*field) for name, field in _SLEEP_OFFSETS.items()}
+    constants = _offsets(btf, _SLEEP_OFFSETS)
     bases, queue = btf.per_cpu_offset("hrtimer_bases"), btf.per_cpu_offset("runqueues")
     array = btf.offset("hrtimer_cpu_base", "clock_base")
     running = btf.offset("hrtimer_clock_base", "running")
     size = btf.size("hrtimer_clock_base")
     if bases is None or queue is None or array is None or running is None or size is None:
         return {}
-    constants = {name: offset for name, offset in found.items() if offset is not None}
-    if len(constants) < len(found):
+    if not constants:
         return {}
     return constants | {
         "TIMER_BASES_FROM_RQ": bases - queue,
@@ -271,9 +278,8 @@ def _sleep_constants(btf: Btf) -> dict[str, int]:
 
 def _tcp_constants(btf: Btf) -> dict[str, int]:
     """What the probes need to tell of retransmits; empty where this kernel lacks a part."""
-    found = {name: btf.offset(*field) for name, field in _TCP_OFFSETS.items()}
-    constants = {name: offset for name, offset in found.items() if offset is not None}
-    if len(constants) < len(found) or not all(map(btf.tracepoint, TCP_TRACEPOINTS.values())):
+    constants = _offsets(btf, _TCP_OFFSETS)
+    if not constants or not all(map(btf.tracepoint, TCP_TRACEPOINTS.values())):
         return {}
     # ad892e912b84 (6.17) added what became of it.
     if btf.tracepoint_arguments("tcp_retransmit_skb") >= 3:

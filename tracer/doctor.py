@@ -14,7 +14,7 @@ import resource
 import struct
 import sys
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -380,15 +380,23 @@ def check_books(host: Host) -> Check:
     )
 
 
+def _missing_tracepoints(host: Host, names: Iterable[str]) -> list[str] | None:
+    """Which of these the kernel has no type for; None: it has none at all."""
+    try:
+        raw = (host.root / "sys/kernel/btf/vmlinux").read_bytes()
+    except OSError:
+        return None
+    return [name for name in names if f"\0btf_trace_{name}\0".encode() not in raw]
+
+
 def check_user_stacks(host: Host) -> Check:
     """The tracepoint that runs in the thread that has just waited."""
     name = "stacks of waits"
     meaning = "a slow wait's own stack is taken when the thread runs again"
-    try:
-        raw = (host.root / "sys/kernel/btf/vmlinux").read_bytes()
-    except OSError:
+    missing = _missing_tracepoints(host, [_USER_STACK_TRACEPOINT])
+    if missing is None:
         return _skipped(name, meaning, "there is no BTF")
-    if f"\0btf_trace_{_USER_STACK_TRACEPOINT}\0".encode() in raw:
+    if not missing:
         return Check(name=name, state="ok", finding="kernel and user frames", meaning=meaning)
     return Check(
         name=name,
@@ -403,13 +411,9 @@ def check_retransmits(host: Host) -> Check:
     """The tracepoints that tell of lost TCP segments and of whose sockets they are."""
     name = "retransmits"
     meaning = "segments that TCP sent again, with the owner of the socket"
-    try:
-        raw = (host.root / "sys/kernel/btf/vmlinux").read_bytes()
-    except OSError:
+    missing = _missing_tracepoints(host, TCP_TRACEPOINTS.values())
+    if missing is None:
         return _skipped(name, meaning, "there is no BTF")
-    missing = [
-        each for each in TCP_TRACEPOINTS.values() if f"\0btf_trace_{each}\0".encode() not in raw
-    ]
     if not missing:
         return Check(name=name, state="ok", finding="seen, with their owner", meaning=meaning)
     return Check(

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from latrace.analysis.words import endpoint
+
 if TYPE_CHECKING:
     import pyarrow as pa
 
@@ -106,8 +108,7 @@ def socket_ends(row: np.void) -> tuple[str, str]:
         raw = row[name].tobytes()
         if row["family"] == socket.AF_INET:
             raw = _V4_MAPPED.tobytes() + raw[:4]
-        host = address_text(raw)
-        ends.append(f"[{host}]:{row[port]}" if ":" in host else f"{host}:{row[port]}")
+        ends.append(endpoint(address_text(raw), int(row[port])))
     return ends[0], ends[1]
 
 

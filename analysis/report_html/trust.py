@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from latrace.analysis.report_html import elements
 from latrace.analysis.report_html.wording import NBSP, name, percent, safe, time
-from latrace.analysis.text import AGREES, render_text
+from latrace.analysis.text import books_by_their_clock, render_text
 from latrace.analysis.words import plural, size
 
 Summary = Mapping[str, Any]
@@ -83,12 +83,7 @@ def _books(quality: Mapping[str, Any]) -> str:
             f"{100 * quality['coverage']:.2f}{NBSP}% of the {time(quality['kernel_run_delay_ns'])} "
             "in the kernel's own books"
         )
-        ours = quality.get("traced_by_kernel_clock_ns", 0) / quality["kernel_run_delay_ns"]
-        if ours and abs(ours - quality["coverage"]) > AGREES:
-            text += (
-                f", {100 * ours:.2f}{NBSP}% by the books' own clock (it stands still while an "
-                "interrupt works)"
-            )
+        text += books_by_their_clock(quality).replace(" %", f"{NBSP}%")
     if blind["count"]:
         text += (
             f"; besides, {plural(blind['count'], 'wait')} ({time(blind['ns'])}) that the kernel "

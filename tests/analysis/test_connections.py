@@ -11,8 +11,9 @@ import pytest
 
 from latrace.analysis import schema
 from latrace.analysis.capture import Capture, open_capture
-from latrace.analysis.connections import KINDS, summarise_connections
+from latrace.analysis.connections import summarise_connections
 from latrace.analysis.connections_text import render_connections
+from latrace.analysis.losses import KINDS
 from latrace.tracer.outputs import create_output_dir
 from latrace.tracer.writer import CaptureWriter
 
