@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Protocol
 
@@ -230,18 +230,15 @@ class RetransmitLines:
         head = ("TIME", "KIND", "SEGS", "CONNECTION", "STATE", "OWNER")
         self._write(_RETRANSMIT.format(*head) + "\n")
 
-    def add(self, rows: npt.NDArray[np.void], names: Mapping[int, str], start_ns: int) -> None:
-        """Print retransmits, shape (n,) of dtype SOCKET; `names` of processes.
-
-        Times count from `start_ns`, when the trace began.
-        """
+    def add(self, rows: npt.NDArray[np.void], start_ns: int) -> None:
+        """Print retransmits, shape (n,) of dtype SOCKET; times count from `start_ns`."""
         text = self._next_second()
         # The last line of a second is kept for how many were left out.
         shown = rows[: max(0, _LINES_PER_S - 1 - self._lines)]
         self._lines += len(shown)
         self._left_out += len(rows) - len(shown)
         self._left_out_segs += int(rows["segs"][len(shown) :].sum())
-        text += "".join(_retransmit(row, names, start_ns) for row in shown)
+        text += "".join(_retransmit(row, start_ns) for row in shown)
         if text:
             self._write(text)
 
@@ -271,12 +268,12 @@ class RetransmitLines:
         return told
 
 
-def _retransmit(row: np.void, names: Mapping[int, str], start_ns: int) -> str:
+def _retransmit(row: np.void, start_ns: int) -> str:
     from latrace.tracer.sockets import kind_name, socket_ends, state_name  # noqa: PLC0415 - numpy
 
     state = state_name(int(row["state"])) or "?"
     source, target = socket_ends(row)
-    name = names.get(int(row["tgid"]))
+    name = row["comm"].decode("utf-8", "backslashreplace")
     failed = f" not sent: {errno.errorcode.get(-row['err'], row['err'])}" if row["err"] < 0 else ""
     fields = (
         f"{(int(row['ts_ns']) - start_ns) / 1e9:.3f}",

@@ -19,12 +19,12 @@ _MOST: Final = 1000  # in the manifest, whoever floods us
 
 
 class Owners:
-    """Collects the names; `names` has them by process."""
+    """Collects the names of processes."""
 
     def __init__(self, *, proc: Path = PROC) -> None:
         self._proc = proc
         self._cookies: set[int] = set()
-        self.names: dict[int, str] = {}
+        self._names: dict[int, str] = {}
 
     def sent_again(self, rows: npt.NDArray[np.void]) -> None:
         """Note whose these are; `rows`: retransmits, shape (n,) of dtype SOCKET."""
@@ -42,7 +42,7 @@ class Owners:
         ):
             if cookie in self._cookies:
                 for tgid in owners:
-                    if tgid not in self.names:
+                    if tgid not in self._names:
                         self._look(tgid)
 
     def _look(self, tgid: int) -> None:
@@ -50,9 +50,9 @@ class Owners:
             self._name(tgid, (self._proc / str(tgid) / "comm").read_bytes().removesuffix(b"\n"))
 
     def _name(self, tgid: int, comm: bytes) -> None:
-        if tgid in self.names or len(self.names) < _MOST:
-            self.names[tgid] = comm.decode("utf-8", "backslashreplace")
+        if tgid in self._names or len(self._names) < _MOST:
+            self._names[tgid] = comm.decode("utf-8", "backslashreplace")
 
     def told(self) -> list[dict[str, Any]]:
         """The manifest's `owners`."""
-        return [{"tgid": tgid, "comm": comm} for tgid, comm in self.names.items()]
+        return [{"tgid": tgid, "comm": comm} for tgid, comm in self._names.items()]

@@ -53,9 +53,9 @@ _LAST_SWITCH_S = 0.2
 _NAMED_PROCESSES = 100  # in the manifest: a fork bomb must not fill it
 
 
-OnRetransmits = Callable[[npt.NDArray[np.void], Mapping[int, str], int], None]
-"""Takes retransmits as they come, shape (n,) of dtype SOCKET; the names of their owners; and when
-the trace began, CLOCK_MONOTONIC."""
+OnRetransmits = Callable[[npt.NDArray[np.void], int], None]
+"""Takes retransmits as they come, shape (n,) of dtype SOCKET; and when the trace began,
+CLOCK_MONOTONIC."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -297,8 +297,7 @@ class Tracer:
                 if record == Record.RETRANSMIT and len(rows):
                     self._owners.sent_again(rows.view(SOCKET))
                     if self._on_retransmits is not None:
-                        retransmits, names = rows.view(SOCKET), self._owners.names
-                        self._on_retransmits(retransmits, names, self._start_ns)
+                        self._on_retransmits(rows.view(SOCKET), self._start_ns)
                 if record == Record.CLOSED and len(rows):
                     self._add_connections(self._connections.closed(rows.view(SOCKET)))
                 elif record not in {Record.STACK, Record.THREAD} and len(rows):

@@ -9,6 +9,7 @@ import contextlib
 import os
 import signal
 import subprocess
+import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -45,6 +46,13 @@ class Host:
         process = subprocess.Popen(self.command(*argv), **options)
         self.running.append(process)
         return process
+
+    def wait_for_listener(self, port: int) -> None:
+        """Wait until somebody listens there."""
+        deadline = time.monotonic() + 10
+        while f":{port} " not in self.run("ss", "-Hltn").stdout:
+            assert time.monotonic() < deadline, f"nobody listens on port {port}"
+            time.sleep(0.02)
 
     def end(self) -> None:
         """End all that was started here, and what that has started."""

@@ -340,7 +340,10 @@ def test_heavy_modules_wait_until_the_probes_are_attached(victim: subprocess.Pop
     assert [line for line in result.stderr.splitlines() if line.startswith("HEAVY")] == ["HEAVY"]
 
 
-@pytest.mark.parametrize("command", ["attach -d 0.3", "attach -d 0.3 --json", "demo -d 1"])
+@pytest.mark.parametrize(
+    "command",
+    ["attach -d 0.3", "attach -d 0.3 --json", "demo -d 1", "tcp -d 0.3", "tcp -d 0.3 --json"],
+)
 def test_our_files_are_read_before_root_is_given_up(
     victim: subprocess.Popen[bytes], command: str
 ) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import subprocess
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from typing import Any
 
 import pytest
 from network import Host, two_hosts
+from tracing import tracing
 
 import latrace
 from latrace.analysis.capture import Capture
@@ -28,8 +28,6 @@ from latrace.analysis.summary import summarise
 from latrace.analysis.text import render_text
 from latrace.flamegraphs import build_profile
 from latrace.tracer.options import Options
-from latrace.tracer.outputs import create_output_dir
-from latrace.tracer.session import Tracer
 
 pytestmark = pytest.mark.kernel
 
@@ -296,21 +294,6 @@ class _Client:
         self.server.heal()
 
 
-@contextlib.contextmanager
-def _tracing(pid: int, output: Path) -> Iterator[None]:
-    stop = threading.Event()
-    options = Options(pids=(pid,))
-    with Tracer(options, lambda: create_output_dir(output, force=False), command=[]) as tracer:
-        runner = threading.Thread(target=tracer.run, kwargs={"stop": stop})
-        runner.start()
-        time.sleep(0.2)
-        try:
-            yield
-        finally:
-            stop.set()
-            runner.join(30)
-
-
 @pytest.fixture(scope="module")
 def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
     """Play it until the kernel showed all of it: on some machines events are missing at times."""
@@ -328,7 +311,8 @@ def _played(output: Path) -> Story:
         assert server.stdout and server.stdout.readline() == "started\n"
         client = _Client(undo.enter_context(_started(near, "python3", "-c", CLIENT, far.v4)), far)
         data = f"tcp dport 5300 meta length > {REQUEST} {ONCE}"
-        with _tracing(client.process.pid, output):
+        with tracing(Options(pids=(client.process.pid,)), output):
+            time.sleep(0.2)
             for what in ("recv", "epoll", "poll", "apart"):
                 client.do(what, data)
             client.story.names = {

@@ -5,20 +5,16 @@ from __future__ import annotations
 import shutil
 import socket
 import subprocess
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from test_known_answers import check_invariants
-from tracing import Traced
+from tracing import Traced, trace_running
 
-import latrace
 from latrace.flamegraphs import build_profile, render
 from latrace.tracer.options import Options
-from latrace.tracer.outputs import create_output_dir
-from latrace.tracer.session import Tracer
 
 pytestmark = pytest.mark.kernel
 
@@ -46,10 +42,7 @@ def free_port() -> int:
 
 
 def traced(pid: int, output: Path, seconds: float) -> Traced:
-    options = Options(pids=(pid,), duration_s=seconds)
-    with Tracer(options, lambda: create_output_dir(output, force=False), command=[]) as tracer:
-        tracer.run(stop=threading.Event())
-    return Traced(latrace.open(output), {}, pid)
+    return trace_running(Options(pids=(pid,), duration_s=seconds), output)
 
 
 @pytest.fixture

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import pwd
 import shutil
 import subprocess
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from network import Host, two_hosts
-from tracing import Traced
+from tracing import Traced, tracing
 
 import latrace
 from latrace.tracer.options import Options
-from latrace.tracer.outputs import create_output_dir
-from latrace.tracer.session import Tracer
 
 pytestmark = pytest.mark.kernel
 
@@ -38,19 +34,8 @@ def hosts() -> Iterator[tuple[Host, Host]]:
         yield both
 
 
-@contextlib.contextmanager
-def traced(pid: int, output: Path) -> Iterator[None]:
-    """Trace a process and what it forks while the block runs."""
-    stop = threading.Event()
-    options = Options(pids=(pid,), children=True)
-    with Tracer(options, lambda: create_output_dir(output, force=False), command=[]) as tracer:
-        runner = threading.Thread(target=tracer.run, kwargs={"stop": stop})
-        runner.start()
-        try:
-            yield
-        finally:
-            stop.set()
-            runner.join(30)
+def with_children(pid: int) -> Options:
+    return Options(pids=(pid,), children=True)
 
 
 def settled(host: Host, lossy: Host) -> int:
@@ -88,21 +73,13 @@ def check(output: Path, segs: int, comm: str) -> None:
     assert {names.get(tgid) for tgid in table["tgid"].to_pylist()} == {comm}
 
 
-def until(host: Host, port: int) -> None:
-    for _ in range(500):
-        if f":{port} " in host.run("ss", "-Hltn").stdout:
-            return
-        time.sleep(0.02)
-    raise AssertionError(f"nobody listens on port {port}")
-
-
 def test_iperf3(tmp_path: Path, hosts: tuple[Host, Host]) -> None:
     """It sends to four connections at once."""
     near, far = hosts
     server = near.start("iperf3", "-s", "-p", 7700, stdout=subprocess.DEVNULL)
-    until(near, 7700)
+    near.wait_for_listener(7700)
     far.lose("tcp sport 7700 meta length > 500 numgen inc mod 100 7", chain="input")
-    with traced(server.pid, tmp_path / "c"):
+    with tracing(with_children(server.pid), tmp_path / "c"):
         far.run("iperf3", "-c", near.v4, "-p", 7700, "-R", "-P", 4, "-t", 2)
         segs = settled(near, far)
     check(tmp_path / "c", segs, "iperf3")
@@ -117,10 +94,10 @@ def test_nginx_under_wrk(tmp_path: Path, hosts: tuple[Host, Host]) -> None:
         (folder / "nginx.conf").write_text(NGINX.format(folder=folder))
         (folder / "page").write_bytes(bytes(50_000))
         server = near.start("nginx", "-p", folder, "-c", folder / "nginx.conf")
-        until(near, 7700)
+        near.wait_for_listener(7700)
         rule = "numgen inc mod 30 7"
         far.lose(f"tcp sport 7700 {rule}", chain="input")
-        with traced(server.pid, tmp_path / "c"):
+        with tracing(with_children(server.pid), tmp_path / "c"):
             for address in (near.v4, f"[{near.v6}]"):
                 url = f"http://{address}:7700/page"
                 far.run("wrk", "-t1", "-c8", "-d1s", "-H", "Connection: close", url)
@@ -150,10 +127,10 @@ def test_postgresql_under_pgbench(tmp_path: Path, hosts: tuple[Host, Host]) -> N
             *as_postgres, programs / "postgres", "-D", data, "-p", 7700, "-h", "*", "-k", folder,
             "-F", cwd="/", stderr=subprocess.DEVNULL,
         )  # fmt: skip
-        until(near, 7700)
+        near.wait_for_listener(7700)
         far.run(*pgbench, "-i", "-q", "postgres")
         far.lose("tcp sport 7700 numgen inc mod 40 7", chain="input")
-        with traced(server.pid, tmp_path / "c"):
+        with tracing(with_children(server.pid), tmp_path / "c"):
             before = near.counter("TcpRetransSegs")
             far.run(*pgbench, "-T", 4, "-c", 6, "-C", "-S", "postgres")
             far.run(*pgbench, "-T", 3, "-c", 6, "postgres")

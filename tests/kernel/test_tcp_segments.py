@@ -4,21 +4,16 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from network import Host, two_hosts
-from tracing import WORKLOADS, Traced, trace
+from tracing import WORKLOADS, Traced, trace, trace_running
 
-import latrace
 from latrace.analysis.connections import summarise_connections
 from latrace.tracer.options import Options
-from latrace.tracer.outputs import create_output_dir
-from latrace.tracer.session import Tracer
 
 pytestmark = pytest.mark.kernel
 
@@ -40,18 +35,9 @@ def plain_hosts() -> Iterator[tuple[Host, Host]]:
         yield both
 
 
-def listening(host: Host, port: int = PORT) -> None:
-    """Wait until somebody listens there."""
-    for _ in range(200):
-        if f":{port} " in host.run("ss", "-Hltn").stdout:
-            return
-        time.sleep(0.02)
-    raise AssertionError(f"nobody listens on port {port}")
-
-
 def sink(host: Host) -> None:
     host.start(*TALK, "sink", PORT)
-    listening(host)
+    host.wait_for_listener(PORT)
 
 
 def talk(host: Host, output: Path, mode: str, *args: object, **how: Any) -> Traced:
@@ -182,13 +168,9 @@ def test_a_request_is_of_all_who_listen(tmp_path: Path, hosts: tuple[Host, Host]
     far.lose(f"tcp sport {PORT}", chain="input")
     far.start(*TALK, "fetch", near.v4, PORT, 1)
     program = near.start(*TALK, "workers", near.v4, PORT, 1000, 1000, stdin=subprocess.DEVNULL)
-    listening(near)
+    near.wait_for_listener(PORT)
     options = Options(pids=(program.pid,), children=True, duration_s=3.5)
-    with Tracer(
-        options, lambda: create_output_dir(tmp_path / "c", force=False), command=[]
-    ) as tracer:
-        tracer.run(stop=threading.Event())
-    summary = summarise_connections(latrace.open(tmp_path / "c"))
+    summary = summarise_connections(trace_running(options, tmp_path / "c").capture)
     (each,) = summary["connections"]
     assert each["by_kind"]["synack"] == each["segs"] >= 1
     processes = {program.pid, *children_of(program.pid)}

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,27 @@ class Traced:
     @property
     def quality(self) -> dict[str, Any]:
         return dict(self.capture.manifest["quality"])
+
+
+@contextlib.contextmanager
+def tracing(options: Options, output: Path) -> Iterator[None]:
+    """Trace processes that run already, while the block does."""
+    stop = threading.Event()
+    with Tracer(options, lambda: create_output_dir(output, force=False), command=[]) as tracer:
+        runner = threading.Thread(target=tracer.run, kwargs={"stop": stop})
+        runner.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            runner.join(30)
+
+
+def trace_running(options: Options, output: Path) -> Traced:
+    """Trace processes that run already, for the options' duration."""
+    with Tracer(options, lambda: create_output_dir(output, force=False), command=[]) as tracer:
+        tracer.run(stop=threading.Event())
+    return Traced(latrace.open(output), {}, *options.pids)
 
 
 def trace(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -130,7 +129,9 @@ def tcp(
 def _import_analysis() -> None:
     """Import it while root: the program's own files may be readable to nobody else."""
     import latrace.analysis.capture  # noqa: PLC0415 - heavy, after the trace
+    import latrace.analysis.connections  # noqa: PLC0415
     import latrace.analysis.connections_text  # noqa: PLC0415
+    import latrace.analysis.retransmits  # noqa: PLC0415
     import latrace.analysis.retransmits_text  # noqa: F401, PLC0415
 
 
@@ -172,10 +173,10 @@ class _Lines:
         if self._lines is not None:
             self._lines.begin()
 
-    def add(self, rows: npt.NDArray[np.void], names: Mapping[int, str], start_ns: int) -> None:
+    def add(self, rows: npt.NDArray[np.void], start_ns: int) -> None:
         """Retransmits have come."""
         if self._lines is not None:
-            self._lines.add(rows, names, start_ns)
+            self._lines.add(rows, start_ns)
 
     def update(self) -> None:
         """Some time has passed."""
