@@ -1,0 +1,1 @@
+"""`latrace watch`: the last seconds in memory, rules that fire, and the bundles they leave."""
