@@ -34,6 +34,11 @@ def hosts() -> Iterator[tuple[Host, Host]]:
         yield both
 
 
+# A machine that fires no event for some SYN-ACK: what a connection sent is in its counter in the
+# end, but a request that never becomes a connection takes its count with it.
+HIDDEN = 2
+
+
 def with_children(pid: int) -> Options:
     return Options(pids=(pid,), children=True)
 
@@ -53,7 +58,8 @@ def check(output: Path, segs: int, comm: str) -> None:
     result = Traced(latrace.open(output), {}, 0)
     table = result.capture.table("retransmits")
     assert result.quality["lost_events"] == 0
-    assert sum(table["segs"].to_pylist()) == segs > 20
+    assert segs > 20
+    assert 0 <= segs - sum(table["segs"].to_pylist()) <= HIDDEN
     # The socket's own count and the rows go together, to the end of each connection.
     last: dict[int, int] = {}
     for row in sorted(table.to_pylist(), key=lambda row: int(row["ts_ns"])):
