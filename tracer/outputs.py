@@ -20,6 +20,7 @@ import fcntl
 import os
 import platform
 import pwd
+import re
 import secrets
 import stat
 from collections.abc import Iterator
@@ -38,6 +39,7 @@ _MANIFEST = "manifest.json"
 _TABLE_SUFFIX = ".arrows"
 _TEMPORARY_PREFIX = ".latrace."
 _TEMPORARY_SUFFIX = ".tmp"
+_MOST_ENTRIES = 1000  # of a capture; who put in more is not us, and may not cost us memory
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -149,6 +151,10 @@ def _set_groups(groups: tuple[int, ...] | list[int]) -> None:
 # --- the capture's directory -------------------------------------------------------------------
 
 
+class _InUseError(LatraceError):
+    """Another latrace holds it."""
+
+
 class OutputDir:
     """A new directory, ours alone, held by descriptor. Made by `create_output_dir`."""
 
@@ -233,6 +239,11 @@ def create_output_dir(path: Path | None, *, force: bool) -> OutputDir:
 
 def _make_directory(parent: int, name: str, shown: Path) -> int:
     os.mkdir(name, 0o700, dir_fd=parent)
+    return _hold_new(parent, name, shown)
+
+
+def _hold_new(parent: int, name: str, shown: Path) -> int:
+    """Open and lock a directory that was made just now."""
     fd = os.open(name, _DIRECTORY, dir_fd=parent)
     try:
         # Whoever owns the parent may have put another directory in its place meanwhile.
@@ -296,11 +307,12 @@ def _entries(directory: int) -> list[str]:
     return os.listdir(directory)
 
 
-def _is_ours(directory: int, entry: str) -> bool:
+def _is_ours(directory: int, entry: str, more: re.Pattern[str] | None = None) -> bool:
     named = (
         entry == _MANIFEST
         or entry.endswith(_TABLE_SUFFIX)
-        or (entry.startswith(_TEMPORARY_PREFIX) and entry.endswith(_TEMPORARY_SUFFIX))
+        or _is_temporary(entry)
+        or (more is not None and more.fullmatch(entry) is not None)
     )
     return named and stat.S_ISREG(os.stat(entry, dir_fd=directory, follow_symlinks=False).st_mode)
 
@@ -310,11 +322,201 @@ def _lock(fd: int, shown: Path) -> None:
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise LatraceError(
+        raise _InUseError(
             f"{shown} is being written by another latrace", hint="choose another name with -o"
         ) from None
     except OSError:  # NFS locks no directories: then there is no such guard
         return
+
+
+# --- a directory of captures -------------------------------------------------------------------
+
+
+class OutputFolder:
+    """A directory that captures are made in and removed from, held by descriptor.
+
+    It may hold anything else, and may belong to anybody: only what `own` says is ours by its name,
+    is a directory of the user we act for, and holds nothing but our files is ever touched. Made by
+    `open_output_folder`.
+    """
+
+    def __init__(self, path: Path, fd: int, caller: Caller | None, files: re.Pattern[str]) -> None:
+        self.path = path
+        """Absolute, for messages."""
+        self._fd = fd
+        self._caller = caller
+        self._files = files
+
+    def names(self, own: re.Pattern[str]) -> list[str]:
+        """What in it has a name of ours, in no order. Raises LatraceError when it cannot be read.
+
+        Also what a removal that was cut off has left: give these names to `remove`.
+        """
+        with _explained(self.path, "read"), acting_as(self._caller), os.scandir(self._fd) as found:
+            return [
+                entry.name
+                for entry in found
+                if own.fullmatch(entry.name) or _is_temporary(entry.name)
+            ]
+
+    def is_removed(self) -> bool:
+        """Whether somebody has removed the directory itself: nothing can be made in it any more."""
+        return os.fstat(self._fd).st_nlink == 0
+
+    def make(self, name: str) -> OutputDir | None:
+        """Make a capture's directory, locked; None when the name is taken.
+
+        Raises LatraceError when it cannot be made.
+        """
+        shown = self.path / name
+        with _explained(shown), acting_as(self._caller):
+            try:
+                os.mkdir(name, 0o700, dir_fd=self._fd)
+            except FileExistsError:
+                return None
+            try:
+                fd = _hold_new(self._fd, name, shown)
+            except FileNotFoundError:
+                if self.is_removed():
+                    raise
+                return None  # another of us took it for an old one and removed it, or is about to
+            except _InUseError:
+                return None
+            if not _same(self._fd, name, os.fstat(fd)):
+                os.close(fd)
+                return None
+        return OutputDir(shown, fd, self._caller)
+
+    def weigh(self, name: str) -> int | None:
+        """The bytes that one of ours takes on the disk; None when it is gone or not of our user.
+
+        Raises LatraceError when it holds what latrace did not write, or cannot be read.
+        """
+        shown = self.path / name
+        with _explained(shown, "read"), acting_as(self._caller):
+            fd = self._open_own(name)
+            if fd is None:
+                return None
+            try:
+                size = _allocated(os.fstat(fd))
+                for entry in self._entries_of(fd, shown):
+                    with suppress(FileNotFoundError):
+                        size += _allocated(os.stat(entry, dir_fd=fd, follow_symlinks=False))
+                return size
+            finally:
+                os.close(fd)
+
+    def remove(self, name: str) -> bool:
+        """Remove one of ours; False when it is being written, gone or not of our user.
+
+        Its name goes first: a removal that is cut off leaves no half of a capture behind.
+        Raises LatraceError when it holds what latrace did not write, or cannot be removed.
+        """
+        shown = self.path / name
+        with _explained(shown, "remove"), acting_as(self._caller):
+            fd = self._open_own(name)
+            if fd is None:
+                return False
+            try:
+                try:
+                    _lock(fd, shown)
+                except _InUseError:
+                    return False
+                entries = self._entries_of(fd, shown)
+                if not _same(self._fd, name, os.fstat(fd)):
+                    return False  # another of us was faster
+                doomed = name if _is_temporary(name) else _temporary_name()
+                if doomed != name:
+                    os.rename(name, doomed, src_dir_fd=self._fd, dst_dir_fd=self._fd)
+                for entry in entries:
+                    with suppress(FileNotFoundError):
+                        os.unlink(entry, dir_fd=fd)
+                if not _same(self._fd, doomed, os.fstat(fd)):
+                    return False  # exchanged under us: what is there now is not ours
+                os.rmdir(doomed, dir_fd=self._fd)
+            finally:
+                os.close(fd)
+        return True
+
+    def _open_own(self, name: str) -> int | None:
+        """Open one of our directories; None when it is none. OSError when it cannot be read."""
+        try:
+            if not _is_own_directory(os.stat(name, dir_fd=self._fd, follow_symlinks=False)):
+                return None
+            fd = os.open(name, _DIRECTORY, dir_fd=self._fd)
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+                return None
+            raise
+        if not _is_own_directory(os.fstat(fd)):
+            os.close(fd)
+            return None
+        return fd
+
+    def _entries_of(self, fd: int, shown: Path) -> list[str]:
+        """The files of one of ours. Raises LatraceError at the first that is not."""
+        entries: list[str] = []
+        with os.scandir(fd) as found:
+            for entry in found:
+                try:
+                    ours = _is_ours(fd, entry.name, self._files)
+                except FileNotFoundError:  # removed while we look
+                    continue
+                if not ours or len(entries) >= _MOST_ENTRIES:
+                    raise LatraceError(
+                        f"{shown} holds what latrace did not write: {entry.name!r}",
+                        hint="latrace leaves it alone; remove it yourself when it is of no use",
+                    )
+                entries.append(entry.name)
+        return entries
+
+    def close(self) -> None:
+        """Let the directory go. Safe to call again."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+
+def open_output_folder(path: Path, *, files: re.Pattern[str]) -> OutputFolder:
+    """Open `path`, or make it: the directory that captures are to be made in.
+
+    `files`: the names that files of these captures have beside those that all captures have.
+
+    Raises UsageError for a name that is none, LatraceError when it cannot be had: a link in its
+    place, too.
+    """
+    caller = calling_user()
+    parent_path, name = _split(path)
+    shown = Path(os.path.abspath(path))  # noqa: PTH100 - resolve() would follow links
+    with _explained(shown), acting_as(caller):
+        parent = os.open(parent_path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            with suppress(FileExistsError):
+                os.mkdir(name, 0o700, dir_fd=parent)
+            if stat.S_ISLNK(os.stat(name, dir_fd=parent, follow_symlinks=False).st_mode):
+                raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+            fd = os.open(name, _DIRECTORY, dir_fd=parent)
+        finally:
+            os.close(parent)
+    return OutputFolder(shown, fd, caller, files)
+
+
+def _same(parent: int, name: str, status: os.stat_result) -> bool:
+    """Whether `name` is still what `status` is of."""
+    try:
+        there = os.stat(name, dir_fd=parent, follow_symlinks=False)
+    except FileNotFoundError:
+        return False
+    return (there.st_dev, there.st_ino) == (status.st_dev, status.st_ino)
+
+
+def _is_own_directory(status: os.stat_result) -> bool:
+    return stat.S_ISDIR(status.st_mode) and status.st_uid == _file_system_uid()
+
+
+def _allocated(status: os.stat_result) -> int:
+    # Some file systems allocate long after the write: the larger of both is what it comes to.
+    return max(status.st_size, status.st_blocks * 512)
 
 
 # --- single files ------------------------------------------------------------------------------
@@ -392,20 +594,24 @@ def _temporary_name() -> str:
     return f"{_TEMPORARY_PREFIX}{secrets.token_hex(8)}{_TEMPORARY_SUFFIX}"
 
 
+def _is_temporary(name: str) -> bool:
+    return name.startswith(_TEMPORARY_PREFIX) and name.endswith(_TEMPORARY_SUFFIX)
+
+
 def _file_system_uid() -> int:
     return ctypes.c_uint32(_libc.setfsuid(ctypes.c_uint32(0xFFFFFFFF))).value
 
 
 @contextmanager
-def _explained(path: Path) -> Iterator[None]:
+def _explained(path: Path, what: str = "write") -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise write_error(path, error) from error
+        raise write_error(path, error, what=what) from error
 
 
-def write_error(path: Path, error: OSError) -> LatraceError:
-    """Turn what the kernel said about writing `path` into a cause and a remedy."""
+def write_error(path: Path, error: OSError, *, what: str = "write") -> LatraceError:
+    """Turn what the kernel said about `path`, which we were to `what`, into cause and remedy."""
     elsewhere = "choose another place with -o"
     match error.errno:
         case errno.ENOSPC:
@@ -427,4 +633,4 @@ def write_error(path: Path, error: OSError) -> LatraceError:
             cause, hint = "the name is taken", elsewhere
         case _:
             cause, hint = (error.strerror or str(error)).lower(), elsewhere
-    return LatraceError(f"cannot write {path}: {cause}", hint=hint)
+    return LatraceError(f"cannot {what} {path}: {cause}", hint=hint)

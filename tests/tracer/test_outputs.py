@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 import stat
 import tempfile
@@ -18,6 +19,7 @@ from latrace.tracer.outputs import (
     calling_user,
     create_output_dir,
     open_output_file,
+    open_output_folder,
     write_error,
 )
 
@@ -484,3 +486,36 @@ def test_the_groups_of_the_caller_count_and_roots_do_not(as_nobody: Path) -> Non
     assert (shared / "x").stat().st_uid == NOBODY
     (shared / "y").touch()  # root again
     assert (shared / "y").stat().st_uid == 0
+
+
+# --- a directory of captures ---------------------------------------------------------------------
+
+
+def test_a_folder_of_captures_touches_only_what_it_is_told_is_ours(here: Path) -> None:
+    folder = open_output_folder(Path("many"), files=re.compile(r"extra\.json"))
+    own = re.compile(r"mine-\d")
+    made = folder.make("mine-1")
+    assert made is not None and made.path == here / "many" / "mine-1"
+    assert folder.make("mine-1") is None
+    made.replace("manifest.json", b"{}")
+    made.replace("extra.json", b"{}" * 5000)
+    (here / "many" / "theirs").mkdir()
+    assert folder.names(own) == ["mine-1"]
+    size = folder.weigh("mine-1")
+    assert size is not None and size >= 10_000
+    assert folder.weigh("mine-2") is None
+    assert not folder.remove("mine-1")  # it is being written
+    made.close()
+    (made.path / "other.json").touch()
+    with pytest.raises(LatraceError, match=r"did not write: 'other\.json'"):
+        folder.remove("mine-1")
+    (made.path / "other.json").unlink()
+    assert folder.remove("mine-1")
+    assert not folder.remove("mine-1")
+    assert tree(here / "many") == {"theirs": None}
+    assert not folder.is_removed()
+    shutil.rmtree(here / "many")
+    assert folder.is_removed()
+    with pytest.raises(LatraceError, match="no such directory"):
+        folder.make("mine-1")
+    folder.close()
