@@ -237,29 +237,49 @@ def test_two_watches_that_tidy_at_once_remove_no_more_than_one_does(folder: Path
     assert names(folder) == made[40:]
 
 
-def test_a_tidy_beside_new_never_costs_a_new_one(folder: Path) -> None:
+@pytest.mark.parametrize("moment", ["before it is opened", "before it is locked", "locked"])
+def test_a_tidy_beside_new_never_costs_a_new_one(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
     """Between making the directory and locking it, another watch may take it for an old one."""
-    Bundles(folder, keep=1, disk_bytes=0).close()
-    done = threading.Event()
+    one, other = (Bundles(folder, keep=1, disk_bytes=0) for _ in range(2))
+    make(one, 1)
+    taken: list[str] = []
+    real_lock, real_hold = outputs._lock, outputs._hold_new
 
     def tidy() -> None:
-        other = Bundles(folder, keep=1, disk_bytes=0)
-        while not done.is_set():
-            other.tidy()
+        monkeypatch.undo()
+        taken.extend(removed(other.tidy()))
 
-    thread = threading.Thread(target=tidy)
-    thread.start()
-    try:
-        bundles = Bundles(folder, keep=1, disk_bytes=0)
-        newest = bundles.new(FIRED_NS + 10**15)
-        for _ in range(300):
-            with bundles.new(FIRED_NS) as out:
-                out.replace("manifest.json", b"{}")
-                assert (out.path / "manifest.json").read_bytes() == b"{}"
-        newest.close()
-    finally:
-        done.set()
-        thread.join()
+    def hold(parent: int, name: str, shown: Path) -> int:
+        tidy()
+        return real_hold(parent, name, shown)
+
+    def lock(fd: int, shown: Path) -> None:
+        if moment == "before it is locked":
+            tidy()
+            real_lock(fd, shown)
+        else:
+            monkeypatch.undo()
+            held = os.open(shown, os.O_RDONLY)  # another looks at it
+            try:
+                real_lock(held, shown)
+                real_lock(fd, shown)
+            finally:
+                os.close(held)
+
+    if moment == "before it is opened":
+        monkeypatch.setattr(outputs, "_hold_new", hold)
+    else:
+        monkeypatch.setattr(outputs, "_lock", lock)
+    with one.new(FIRED_NS) as out:
+        out.replace("manifest.json", b"{}")
+        assert (out.path / "manifest.json").read_bytes() == b"{}"
+        later = removed(other.tidy())
+        assert out.path.name not in later and (out.path / "manifest.json").exists()
+    # Where another has only looked at it, an empty directory was given up, and goes like any.
+    assert later == (["spike-20261121-113205"] if moment == "locked" else [])
+    assert taken == ([] if moment == "locked" else ["spike-20261121-113205"])
 
 
 # --- what is not ours ----------------------------------------------------------------------------
