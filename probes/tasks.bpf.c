@@ -7,6 +7,16 @@ static inline u64 iterated(u64 *ctx)
 	return LD64(ctx, 8);		/* struct bpf_iter__task { meta, task } */
 }
 
+/* For how long it has been waiting, or blocked. */
+static inline u64 open_for(struct thread_state *s, u64 now)
+{
+	if (s->wait.place == PLACE_WAITING)
+		return now - s->wait.start_ns;
+	if (s->wait.place == PLACE_BLOCKED)
+		return now - s->wait.off_ns;
+	return 0;
+}
+
 /* Threads that sleep now are blocked since now, as far as this trace can tell; threads that
  * wait keep PLACE_UNKNOWN, and the kernel's `last_queued` tells how long when they run. */
 int lat_iter_seed(u64 *ctx)
@@ -31,6 +41,7 @@ int lat_iter_seed(u64 *ctx)
 		}
 	}
 	fill_thread(&r, task, s, THREAD_SEEN);
+	r.open_ns = open_for(s, r.ts_ns);
 	seq_write(seq, &r, sizeof(r));
 	return 0;
 }
@@ -57,10 +68,8 @@ int lat_iter_end(u64 *ctx)
 		c->kernel_count++;	/* which entry is whose cannot be told any more */
 	sleep_end(s, task, c);
 	fill_thread(&r, task, s, THREAD_END);
-	if (s->wait.place == PLACE_WAITING)
-		r.open_ns = r.ts_ns - s->wait.start_ns;
+	r.open_ns = open_for(s, r.ts_ns);
 	if (s->wait.place == PLACE_BLOCKED) {
-		r.open_ns = r.ts_ns - s->wait.off_ns;
 		bytes = stack_of_sleeper(frames, task);
 		r.frames = bytes / 8;
 #ifdef OFF_REGS_FP

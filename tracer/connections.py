@@ -77,6 +77,22 @@ class Connections:
         """Note the connections that are there, and make their owners known to the probes."""
         self._before = self._look()
 
+    def now(self) -> Mapping[int, _Seen]:
+        """The connections that the probes know as they are now, for `begin_at`."""
+        rows = self._all_sockets()
+        counted = (rows["total_retrans"] - rows["segs"]).tolist()
+        tgids, cookies = rows["tgid"].tolist(), rows["cookie"].tolist()
+        return {
+            cookie: replace(
+                self._before.get(cookie, _Seen(frozenset({tgid}))), total_retrans=total, info=info
+            )
+            for cookie, tgid, total, info in zip(cookies, tgids, counted, _infos(rows), strict=True)
+        }
+
+    def begin_at(self, seen: Mapping[int, _Seen]) -> None:
+        """Tell of the connections from that moment on."""
+        self._before = dict(seen)
+
     def closed(self, rows: npt.NDArray[np.void]) -> dict[str, Any]:
         """Columns of the table `connections`; `rows`: closed ones, shape (n,) of dtype SOCKET."""
         columns = self._columns(rows, {})

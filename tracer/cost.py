@@ -115,7 +115,8 @@ class Cost:
         """The same for what a clock drives."""
         if not self._measured_s:
             return 0
-        return round(measured * max(1.0, (self._closed_s - self._started_s) / self._measured_s))
+        passed_s = min(self._closed_s, time.monotonic()) - self._started_s
+        return round(measured * max(1.0, passed_s / self._measured_s))
 
     def close(self) -> None:
         """Stop measuring. Safe to call twice."""
@@ -124,7 +125,7 @@ class Cost:
         self._closed_s = min(self._closed_s, time.monotonic())
 
     def report(self) -> dict[str, Any]:
-        """The manifest's `overhead`; call `close` first."""
+        """The manifest's `overhead`, from the start until now."""
         programs = []
         for name, counters in self._counters().items():
             scaled = self._scaled_by_time if name == ON_CPU else self._scaled

@@ -54,6 +54,11 @@ class Namespaces:
             if inum not in self._known or not kept:
                 os.close(file)
 
+    def now(self) -> dict[int, int]:
+        """The counters as they are, by namespace; of those alone that are kept open."""
+        ends = {inum: self._end(each) for inum, each in self._known.items()}
+        return {inum: end for inum, end in ends.items() if end is not None}
+
     def finish(self) -> list[dict[str, Any]]:
         """The manifest's `netns`; None at the end where nobody was left to read it by."""
         ends = {inum: self._end(each) for inum, each in self._known.items()}

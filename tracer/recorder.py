@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from latrace.analysis import histogram
-
+from .counters import counter_columns, thread_columns
 from .records import (
-    CAUSES,
     CELL_BYTES,
     SAMPLE,
     SLEEP,
@@ -22,22 +20,18 @@ from .records import (
     WAIT,
     Place,
     Record,
-    ThreadEvent,
 )
 from .rows import sample_columns, slice_columns, wait_columns
-from .sleeps import overshoot_buckets, sleep_columns
+from .sleeps import sleep_columns
 from .sockets import retransmit_columns, socket_event_columns
 from .stacks import NamedStacks, Naming, StackCells
 from .unwind import user_frames
-from .writer import CaptureWriter
 
 STACK_FOLLOWS_NS = 500_000_000
 """A stack's cells follow its wait at once. A row that is older has waited in vain."""
 
 _ROWS_PER_APPEND = 1 << 16
 _NAMING_TIMEOUT_S = 30.0
-_CAUSE_COLUMNS = [f"{cause}_ns" for cause in CAUSES]
-_OPEN = {Place.WAITING: "waiting", Place.UNKNOWN: "waiting", Place.BLOCKED: "blocked"}
 
 # Record → its dtype, table, a time in it, its columns, and the keys of the stacks it refers to.
 _ROWS: dict[Record, tuple[np.dtype[np.void], str, str, Callable[..., Any], tuple[str, ...]]] = {
@@ -48,6 +42,22 @@ _ROWS: dict[Record, tuple[np.dtype[np.void], str, str, Callable[..., Any], tuple
     Record.RETRANSMIT: (SOCKET, "retransmits", "ts_ns", retransmit_columns, ()),
     Record.SOCKET: (SOCKET, "socket_events", "ts_ns", socket_event_columns, ()),
 }
+
+
+class Writer(Protocol):
+    """Where the rows go: to the files of a capture, or into memory; see `CaptureWriter`."""
+
+    def append(self, table: str, batch: Mapping[str, Any]) -> None:
+        """Add rows: columns by name."""
+
+    def flush(self) -> None:
+        """Let go of everything appended."""
+
+    def update_manifest(self, changes: Mapping[str, Any]) -> None:
+        """Change the manifest."""
+
+    def close(self, *, complete: bool) -> None:
+        """Nothing more comes. Safe to call again."""
 
 
 @dataclass(slots=True)
@@ -65,7 +75,7 @@ class Recorder:
     Every method that writes raises LatraceError when that fails.
     """
 
-    def __init__(self, writer: CaptureWriter) -> None:
+    def __init__(self, writer: Writer) -> None:
         self._writer = writer
         self._naming = Naming()
         self._stacks = StackCells(self._naming.add)
@@ -94,6 +104,16 @@ class Recorder:
     def exec(self, tgid: int) -> None:
         """The process maps other files from now on."""
         self._naming.changed(tgid)
+
+    def begin_epoch(self) -> None:
+        """Let rows from now on refer to no stack and no frame that was written before."""
+        self._stacks.begin_epoch()
+        self._naming.begin_epoch()
+
+    @property
+    def all_named(self) -> bool:
+        """Whether a flush now would write the names of all stacks that have come."""
+        return self._naming.is_idle
 
     def flush(self, now_ns: int) -> None:
         """Put everything known so far on disk."""
@@ -130,30 +150,7 @@ class Recorder:
         `threads`: shape (n,) of dtype THREAD; `cgroups` by process; `stacks`: ids of where they
         stand, -1 unknown.
         """
-        is_open = (threads["event"] == ThreadEvent.END).tolist()
-        self._writer.append(
-            "threads",
-            {
-                "tid": threads["tid"],
-                "tgid": threads["tgid"],
-                "comm": np.ascontiguousarray(threads["comm"]),
-                "start_ns": threads["start_ns"],
-                "cgroup": [cgroups.get(tgid, "") for tgid in threads["tgid"].tolist()],
-                "waits": threads["waits"],
-                "wait_ns": threads["wait_ns"],
-                "max_wait_ns": threads["max_wait_ns"],
-                "blocked": threads["blocked"],
-                "blocked_ns": threads["blocked_ns"],
-                "open": [
-                    _OPEN.get(place, "") if at_end else ""
-                    for place, at_end in zip(threads["place"].tolist(), is_open, strict=True)
-                ],
-                "open_ns": threads["open_ns"],
-                "stack": stacks or [-1] * len(threads),
-                "ppid": threads["ppid"],
-                **{name: threads["causes"][:, n] for n, name in enumerate(_CAUSE_COLUMNS)},
-            },
-        )
+        self._writer.append("threads", thread_columns(threads, cgroups, stacks))
 
     def write_open_threads(
         self, raw: bytes, cgroups: Mapping[int, str], *, end_ns: int, stacks: bool
@@ -222,55 +219,18 @@ class Recorder:
         `hist`: shape (histograms, cpus) of dtype HIST; `slots`: whose each histogram is;
         `overshoots`: shape (sleep calls,) of dtype OVERSHOOT.
         """
-        buckets, totals = [], []
-        for slot, tgid in slots.items():
-            per_cpu = hist[slot]
-            counts = per_cpu["slots"].sum(axis=0)
-            waits = int(counts.sum())
-            if not waits:
-                continue
-            lo, hi, count = histogram.buckets(counts)
-            buckets.append((np.full(len(lo), tgid, np.int32), lo, hi, count))
-            kinds = per_cpu["kinds"].sum(axis=0)
-            totals.append(
-                {
-                    "tgid": tgid,
-                    "waits": waits,
-                    "wait_ns": int(per_cpu["wait_ns"].sum()),
-                    "max_ns": int(per_cpu["max_ns"].max()),
-                    "blocked": int(per_cpu["blocked"].sum()),
-                    "blocked_ns": int(per_cpu["blocked_ns"].sum()),
-                    "waits_wakeup": int(kinds[0]),
-                    "waits_new": int(kinds[1]),
-                    "waits_preempted": int(kinds[2]),
-                    **dict(
-                        zip(_CAUSE_COLUMNS, per_cpu["causes"].sum(axis=0).tolist(), strict=True)
-                    ),
-                    "snapshot": self._snapshots,
-                }
-            )
-        if not totals:
-            return
-        metrics, lo, hi, count = overshoot_buckets(overshoots)
-        buckets.append((np.full(len(metrics), -1, np.int32), lo, hi, count))
-        tgids, lo, hi, count = (np.concatenate(column) for column in zip(*buckets, strict=True))
-        self._writer.append(
-            "hist",
-            {
-                "metric": ["wait"] * (len(tgids) - len(metrics)) + metrics,
-                "tgid": tgids,
-                "lo_ns": lo,
-                "hi_ns": hi,
-                "count": count,
-                "snapshot": np.full(len(tgids), self._snapshots, np.uint32),
-            },
-        )
-        self._writer.append("totals", {name: [row[name] for row in totals] for name in totals[0]})
-        self._snapshots += 1
+        tables = counter_columns(hist, slots, overshoots, snapshot=self._snapshots)
+        for table, columns in tables.items():
+            self._writer.append(table, columns)
+        self._snapshots += bool(tables)
 
     def update_manifest(self, changes: Mapping[str, Any]) -> None:
         """Change the manifest and replace its file."""
         self._writer.update_manifest(changes)
+
+    def symbols(self) -> dict[str, Any]:
+        """How the look-up of names has fared so far."""
+        return self._naming.stats()
 
     def finish(self) -> dict[str, Any]:
         """Write what was held back and wait for the last names; returns how the look-up fared."""
@@ -278,7 +238,7 @@ class Recorder:
             self._write_rows(record, None)
         self.lost_stacks += self._stacks.forget()
         self._write_names(self._naming.finish(_NAMING_TIMEOUT_S))
-        return self._naming.stats()
+        return self.symbols()
 
     def close(self, *, complete: bool) -> None:
         """Close the capture. Safe to call again."""

@@ -112,6 +112,7 @@ class Tracer:
         self._namespaces = Namespaces()
         self._on_retransmits: OnRetransmits | None = None
         self._last_count, self._last_count_s = 0, time.monotonic()
+        self._flush_s = self._snapshot_s = 0.0
         self._resources = contextlib.ExitStack()
 
     # ---------------------------------------------------------------- attach
@@ -232,8 +233,8 @@ class Tracer:
         started_s = self._last_count_s = time.monotonic()
         duration_s = self._options.duration_s
         end_s = started_s + duration_s if duration_s is not None else float("inf")
-        flush_s, tick_at_s = started_s + _FLUSH_S, started_s + tick_s
-        snapshot_s, sleep_s = started_s, _SLEEP_MIN_S
+        self._flush_s = self._snapshot_s = started_s + _FLUSH_S
+        tick_at_s, sleep_s = started_s + tick_s, _SLEEP_MIN_S
         while True:
             used = self._ring.used()
             self._drain()
@@ -241,12 +242,7 @@ class Tracer:
             self._sampler.step()
             self._cost.step()
             now = time.monotonic()
-            if now >= flush_s:
-                self._recorder.flush(time.monotonic_ns())
-                flush_s = now + _FLUSH_S
-                if now >= snapshot_s:
-                    self._write_snapshot()
-                    snapshot_s = now + min(10.0, max(_FLUSH_S, (now - started_s) / 20))
+            self._keep(now)
             if on_tick is not None and now >= tick_at_s:
                 on_tick(self.snapshot())
                 tick_at_s += tick_s * (1 + (now - tick_at_s) // tick_s)
@@ -257,6 +253,17 @@ class Tracer:
                 max(sleep_s * min(2.0, 0.125 / max(used, 1e-3)), _SLEEP_MIN_S), _SLEEP_MAX_S
             )
             self._sleep(min(sleep_s, max(0.0, end_s - now)))
+
+    def _keep(self, now: float) -> None:
+        """Let nothing stay in memory for long; called at each look at the ring."""
+        if now < self._flush_s:
+            return
+        self._recorder.flush(time.monotonic_ns())
+        self._flush_s = now + _FLUSH_S
+        if now >= self._snapshot_s:
+            self._write_snapshot()
+            traced_s = time.monotonic() - self._start_ns / 1e9
+            self._snapshot_s = now + min(10.0, max(_FLUSH_S, traced_s / 20))
 
     def _sleep(self, seconds: float) -> None:
         """Sleep, less when a target process ends."""
@@ -301,7 +308,11 @@ class Tracer:
                 if record == Record.CLOSED and len(rows):
                     self._add_connections(self._connections.closed(rows.view(SOCKET)))
                 elif record not in {Record.STACK, Record.THREAD} and len(rows):
-                    self._recorder.add(record, rows, time.monotonic_ns())
+                    self._add_rows(record, rows)
+
+    def _add_rows(self, record: Record, rows: npt.NDArray[np.void]) -> None:
+        """Take rows of one table, shape (n,) of the record's cells."""
+        self._recorder.add(record, rows, time.monotonic_ns())
 
     def _add_connections(self, columns: Mapping[str, Any]) -> None:
         """`columns`: of the table `connections`; none where there are no rows."""
@@ -329,9 +340,13 @@ class Tracer:
             if event == ThreadEvent.EXEC:
                 self._recorder.exec(tgid)
         if len(ended):
-            self._recorder.write_threads(ended, self._cgroups)
+            self._end_threads(ended)
         for tid in ended["tid"][ended["tid"] == ended["tgid"]].tolist():
             self._cgroups.pop(tid, None)
+
+    def _end_threads(self, ended: npt.NDArray[np.void]) -> None:
+        """Threads have ended; `ended`: their last records, shape (n,) of dtype THREAD."""
+        self._recorder.write_threads(ended, self._cgroups)
 
     def _add_process(self, tgid: int, ppid: int, comm: bytes, *, forked: bool) -> None:
         if len(self._names) < _NAMED_PROCESSES:
@@ -361,12 +376,17 @@ class Tracer:
         return {0: -1} | slots
 
     def _quality(self) -> dict[str, Any]:
-        counters = self._shared.counters()
+        quality = self._quality_of(self._shared.counters(), waits=self._shared.waits())
+        self._budget.note_loss(quality["lost_events"])
+        quality["degraded"] = self._budget.degraded
+        return quality
+
+    def _quality_of(self, counters: Mapping[str, int], *, waits: int) -> dict[str, Any]:
+        """What the manifest says of the quality, from counters of the whole trace or a part."""
         lost = counters["lost_waits"] + counters["lost_threads"] + counters["lost_slices"]
         lost += counters["lost_sockets"]
-        self._budget.note_loss(lost)
         return {
-            "waits": self._shared.waits(),
+            "waits": waits,
             "rows": counters["rows"],
             "samples": counters["samples"],
             "samples_lowest_hz": self._sampler.lowest_hz,
@@ -386,7 +406,7 @@ class Tracer:
             "recovered": counters["recovered"],
             "discarded": counters["discarded"],
             "no_storage": counters["no_storage"],
-            "degraded": self._budget.degraded,
+            "degraded": list(self._budget.degraded),
             "row_threshold_ns": int(self._shared.control["min_ns"][0]),
             "highest_slow_ns": self._budget.highest_slow_ns,
             "kernel_run_delay_ns": counters["kernel_ns"],

@@ -52,5 +52,10 @@ class Shared:
 
     def slot_counts(self) -> npt.NDArray[np.uint64]:
         """The wait histogram over all targets and CPUs, shape (HIST_SLOTS,)."""
-        total: npt.NDArray[np.uint64] = self.hist["slots"].sum(axis=(0, 1))
+        used = self.hist[self.used()]
+        total: npt.NDArray[np.uint64] = used["slots"].sum(axis=(0, 1))
         return total
+
+    def used(self) -> npt.NDArray[np.intp]:
+        """The numbers of the histograms that have counted something."""
+        return np.flatnonzero(self.hist["kinds"].any(axis=(1, 2)))

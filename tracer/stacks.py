@@ -47,6 +47,8 @@ _CULPRIT_KEYS = 1 << 62  # see probes/causes.h
 _WAITING_CELLS, _WAITING_STACKS = 1 << 12, 1 << 14
 _REMEMBERED = 1 << 17  # distinct stacks; beyond, all are forgotten: one that recurs gets a new id
 
+_LAST_ID = 2**31 - 1  # the ids of a capture are 32 bits wide, signed
+
 _Key = tuple[int, int, bytes]
 
 
@@ -88,7 +90,7 @@ class StackCells:
             if len(self._ids) >= _REMEMBERED:
                 self._ids.clear()
             found = self._ids[key] = self._next_id
-            self._next_id += 1
+            self._next_id = (self._next_id + 1) & _LAST_ID
             self._on_new(RawStack(found, tgid, kernel.copy(), user.copy(), has_user))
         return found
 
@@ -116,6 +118,10 @@ class StackCells:
         # The rest of a stack follows at once. What is still in parts after so many cells has lost
         # one to a full ring.
         self._waiting = cells[np.repeat(~whole, counts)][-_WAITING_CELLS:]
+
+    def begin_epoch(self) -> None:
+        """Give no id from before again: what it stands for may be forgotten."""
+        self._ids.clear()
 
     def ids(self, keys: npt.NDArray[np.uint64]) -> npt.NDArray[np.int32]:
         """Stack ids of keys; -1 for key 0 and for stacks that have not come. Each is given once."""
@@ -151,24 +157,40 @@ class NamedStacks:
     stacks: list[tuple[int, list[int], bool, int]]
 
 
+class _Epoch:
+    """A place in the queue: stacks behind it refer to no frame before it."""
+
+
 class Naming:
     """Names the frames of new stacks on a thread of its own."""
 
     def __init__(self) -> None:
         self._symbolizer = Symbolizer()
-        self._todo: queue.SimpleQueue[RawStack | int | None] = queue.SimpleQueue()
+        self._todo: queue.SimpleQueue[RawStack | int | _Epoch | None] = queue.SimpleQueue()
         self._done: queue.SimpleQueue[NamedStacks] = queue.SimpleQueue()
         self._frame_ids: dict[Frame, int] = {}
+        self._next_frame = 0
+        self._added = self._named = 0
         self._thread = threading.Thread(target=self._run, name="latrace-names", daemon=True)
         self._thread.start()
 
     def add(self, stack: RawStack) -> None:
         """Name a stack; its rows come out of `take` later."""
+        self._added += 1
         self._todo.put(stack)
 
     def changed(self, tgid: int) -> None:
         """The process has mapped something new, by exec at the latest."""
         self._todo.put(tgid)
+
+    def begin_epoch(self) -> None:
+        """Let the rows of stacks added from now on refer to none of the rows before."""
+        self._todo.put(_Epoch())
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether all that was added has been named; `take` then has it."""
+        return self._added == self._named
 
     def take(self) -> NamedStacks:
         """All rows that are ready."""
@@ -193,6 +215,10 @@ class Naming:
         known: set[int] = set()
         try:
             while (item := self._todo.get()) is not None:
+                if isinstance(item, _Epoch):
+                    self._frame_ids.clear()
+                    known.clear()
+                    continue
                 if isinstance(item, int):
                     if item in known:
                         self._symbolizer.remember(item)
@@ -201,6 +227,7 @@ class Naming:
                     known.add(item.tgid)
                     self._symbolizer.remember(item.tgid)
                 self._done.put(self._name(item))
+                self._named += 1
         finally:
             self._symbolizer.close()
 
@@ -213,7 +240,8 @@ class Naming:
         for frame in kernel + user:
             number = self._frame_ids.get(frame)
             if number is None:
-                number = self._frame_ids[frame] = len(self._frame_ids)
+                number = self._frame_ids[frame] = self._next_frame
+                self._next_frame = (number + 1) & _LAST_ID
                 rows.frames.append((number, frame))
             ids.append(number)
         whole = (

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 # What a row refers to is on disk before it.
-_ORDER = (
+ORDER = (
     "frames", "stacks", "threads", "sleeps", "waits", "slices", "samples",
     "connections", "retransmits", "socket_events", "totals", "hist",
 )  # fmt: skip
@@ -152,16 +152,16 @@ class CaptureWriter:
         target = self._tables.get(table)
         if target is None:
             target = _Table(table, self._schemas[table], batch)
-        self.rows[table] += target.add(batch)
+        self.rows[table] += target.rows.add(batch)
         self._tables[table] = target
-        if target.pending_rows >= _PENDING_ROWS:
+        if target.rows.count >= _PENDING_ROWS:
             self.flush()
 
     def flush(self) -> None:
         """Put everything appended on disk. Raises LatraceError."""
         if self._dead:
             return
-        for name in _ORDER:
+        for name in ORDER:
             table = self._tables.get(name)
             if table is not None:
                 self._write(table, table.encode)
@@ -223,60 +223,98 @@ class CaptureWriter:
             raise
 
 
-class _Table:
-    """One table's rows on their way to its stream."""
+class Rows:
+    """Rows of one table on their way out, as Arrow has them; see `CaptureWriter.append`."""
 
     def __init__(
         self, name: str, contract: pa.Schema, first: pa.RecordBatch | Mapping[str, Any]
     ) -> None:
         import pyarrow as pa
-        from pyarrow import ipc
 
         have = first.schema.names if isinstance(first, pa.RecordBatch) else list(first)
         unknown = set(have) - set(contract.names)
         if unknown:
             raise ValueError(f"{name} has no column {min(unknown)!r}")
         self.name = name
-        self.file: BinaryIO | None = None
-        self.pending_rows = 0
-        self.batches = 0
+        self.schema = pa.schema([field for field in contract if field.name in have])
+        self.count = 0
         self._pending: list[pa.RecordBatch] = []
-        self._schema = pa.schema([field for field in contract if field.name in have])
-        self._sink = _Sink()
-        options = ipc.IpcWriteOptions(compression=_COMPRESSION, use_threads=False)
-        self._stream = ipc.new_stream(self._sink, self._schema, options=options)
 
     def add(self, batch: pa.RecordBatch | Mapping[str, Any]) -> int:
+        """Take rows; returns how many."""
         import pyarrow as pa
 
         names = batch.schema.names if isinstance(batch, pa.RecordBatch) else list(batch)
-        if set(names) != set(self._schema.names):
-            odd = min(set(names) ^ set(self._schema.names))
+        if set(names) != set(self.schema.names):
+            odd = min(set(names) ^ set(self.schema.names))
             raise ValueError(f"{self.name}: column {odd!r} is not in every batch")
-        columns = [_column(batch[field.name], field.type) for field in self._schema]
-        added = pa.RecordBatch.from_arrays(columns, schema=self._schema)
+        columns = [_column(batch[field.name], field.type) for field in self.schema]
+        added = pa.RecordBatch.from_arrays(columns, schema=self.schema)
         if added.num_rows:
             self._pending.append(added)
-            self.pending_rows += added.num_rows
+            self.count += added.num_rows
         return int(added.num_rows)
+
+    def take(self) -> pa.RecordBatch | None:
+        """All that was added since, as one record batch."""
+        import pyarrow as pa
+
+        if not self._pending:
+            return None
+        pending, self._pending, self.count = self._pending, [], 0
+        if len(pending) == 1:
+            return pending[0]
+        (batch,) = pa.Table.from_batches(pending).combine_chunks().to_batches()
+        return batch
+
+
+class Stream:
+    """Record batches as the bytes of an Arrow IPC stream."""
+
+    def __init__(self, schema: pa.Schema) -> None:
+        from pyarrow import ipc
+
+        self._sink = _Sink()
+        options = ipc.IpcWriteOptions(compression=_COMPRESSION, use_threads=False)
+        self._writer = ipc.new_stream(self._sink, schema, options=options)
+
+    def encode(self, batch: pa.RecordBatch) -> None:
+        """Put a batch behind the others."""
+        self._writer.write_batch(batch)
+
+    def finish(self) -> None:
+        """Put the mark there that ends the stream."""
+        self._writer.close()
+
+    def take(self) -> bytes:
+        """The bytes that came since."""
+        return self._sink.take()
+
+
+class _Table:
+    """One table's rows on their way to its stream."""
+
+    def __init__(
+        self, name: str, contract: pa.Schema, first: pa.RecordBatch | Mapping[str, Any]
+    ) -> None:
+        self.name = name
+        self.rows = Rows(name, contract, first)
+        self.file: BinaryIO | None = None
+        self.batches = 0
+        self._stream = Stream(self.rows.schema)
 
     def encode(self) -> bytes:
         """Encode the pending rows as one record batch."""
-        import pyarrow as pa
-
-        if self._pending:
-            pending, self._pending, self.pending_rows = self._pending, [], 0
-            batch = pending[0]
-            if len(pending) > 1:
-                (batch,) = pa.Table.from_batches(pending).combine_chunks().to_batches()
-            self._stream.write_batch(batch)
+        batch = self.rows.take()
+        if batch is not None:
+            self._stream.encode(batch)
             self.batches += 1
-        return self._sink.take()
+        return self._stream.take()
 
     def finish(self) -> bytes:
         """Encode the mark that ends the stream."""
-        self._stream.close()
-        return self._sink.take()
+        self._stream.finish()
+        return self._stream.take()
 
     def close(self) -> None:
         if self.file is not None:

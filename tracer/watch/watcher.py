@@ -1,0 +1,452 @@
+"""A watch: a trace that is kept in memory, and written down when a rule fires.
+
+    armed ──fires──► a bundle is open (--after) ──► it is explained ──► cooldown ──► armed
+
+The probes, the ring and the drain are those of any trace (tracer/session.py); only the rows go to
+a flight recorder instead of a capture's files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from latrace.tracer.cgroups import limited_since, limits
+from latrace.tracer.cost import steal_ns
+from latrace.tracer.errors import LatraceError
+from latrace.tracer.loader import Loading
+from latrace.tracer.options import Options
+from latrace.tracer.owners import Owners
+from latrace.tracer.records import SOCKET, THREAD, WAIT, Place, Record, ThreadEvent
+from latrace.tracer.session import Tracer
+from latrace.tracer.sleeps import sleep_totals
+
+from . import marks
+from .bundles import Bundles
+from .flight import FlightRecorder
+from .marks import Mark
+from .triggers import Firing, Histograms, Longest, Retransmits, Rule
+
+if TYPE_CHECKING:
+    from .bundle import Bundle
+
+TICK_S: Final = 0.1
+EPOCH_S: Final = 300.0
+"""So often all stacks are named anew, so that what is not seen any more is forgotten."""
+
+_MARKS: Final = 10  # in --before
+_SHARE: Final = 1 / 500  # of a CPU that marks may take, and as much again what stands behind them
+_STACKS_FOLLOW_S: Final = 0.6  # see recorder.STACK_FOLLOWS_NS
+_NAMES_FOLLOW_S: Final = 5.0
+_MOST_ENDED: Final = 100_000  # threads that ended within --before
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """How a watch keeps and writes."""
+
+    before_s: float = 10.0
+    after_s: float = 5.0
+    window_s: float = 5.0
+    cooldown_s: float = 60.0
+    memory_bytes: int = 256 << 20
+    once: bool = False
+
+
+class State(Enum):
+    """What a watch is doing."""
+
+    ARMED = "armed"
+    OPEN = "a bundle is being written"
+    COOLDOWN = "cooling down"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Written:
+    """A bundle that is on disk."""
+
+    path: Path
+    firings: tuple[Firing, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Backdrop:
+    """What is too dear to be looked at with each mark."""
+
+    at_ns: int
+    limits: dict[str, dict[str, Any]]
+    steal_ns: int
+    connections: Mapping[int, Any]
+
+
+class Watch(Tracer):
+    """Watches the targets of `options`; a context manager, as `Tracer` is.
+
+    `say` gets lines for people; `on_bundle` each bundle when it is on disk.
+    """
+
+    def __init__(
+        self,
+        options: Options,
+        settings: Settings,
+        rules: Sequence[Rule],
+        bundles: Bundles,
+        *,
+        command: list[str],
+        say: Callable[[str], None],
+        on_bundle: Callable[[Written], None],
+        loading: Loading | None = None,
+    ) -> None:
+        super().__init__(options, self._no_output, command=command, loading=loading)
+        self._settings = settings
+        self._rules = tuple(rules)
+        self._bundles = bundles
+        self._say = say
+        self._on_bundle = on_bundle
+        self._flight = FlightRecorder()
+        self._marks: deque[Mark] = deque()
+        self._backdrops: deque[_Backdrop] = deque()
+        self._ended_threads: deque[tuple[int, npt.NDArray[np.void], dict[int, str]]] = deque()
+        self._mark_s = self._look_s = self._backdrop_s = self._epoch_s = 0.0
+        self._short = False
+        self.state = State.ARMED
+        self._bundle: Bundle | None = None
+        self._firings: tuple[Firing, ...] = ()
+        self._fired_ns = 0
+        self._end: Mark | None = None
+        self._by_hand: list[str] = []
+
+    @staticmethod
+    def _no_output() -> Any:
+        raise NotImplementedError("a watch makes its captures when it fires")
+
+    # ------------------------------------------------------------ recording
+
+    def _open_capture(self) -> None:
+        from latrace.tracer.recorder import Recorder  # noqa: PLC0415 - heavy: after the attach
+
+        self._recorder = Recorder(self._flight)
+        now = time.monotonic()
+        self._epoch_s = now + EPOCH_S
+        self._take_mark(now)
+
+    def _end_threads(self, ended: npt.NDArray[np.void]) -> None:
+        cgroups = {tgid: self._cgroups.get(tgid, "") for tgid in set(ended["tgid"].tolist())}
+        self._ended_threads.append((time.monotonic_ns(), ended.copy(), cgroups))
+        if len(self._ended_threads) > _MOST_ENDED:
+            self._ended_threads.popleft()
+
+    def _add_rows(self, record: Record, rows: npt.NDArray[np.void]) -> None:
+        super()._add_rows(record, rows)
+        for rule in self._rules:
+            if isinstance(rule, Longest) and rule.kind == "max" and record == Record.WAIT:
+                rule.note(int(rows.view(WAIT)["wait_ns"].max()))
+            if isinstance(rule, Retransmits) and record == Record.RETRANSMIT:
+                rule.note(time.monotonic_ns(), int(rows.view(SOCKET)["segs"].sum()))
+
+    def _keep(self, now: float) -> None:
+        if now >= self._mark_s:
+            self._take_mark(now)
+        if now >= self._look_s:
+            self._look_s = now + TICK_S
+            self._look(time.monotonic_ns())
+        if self._bundle is not None:
+            self._go_on(self._bundle)
+
+    def _take_mark(self, now: float) -> None:
+        """Flush, note how the counters stand, and drop what is too old or too much."""
+        began = time.thread_time()
+        if now >= self._backdrop_s:
+            self._take_backdrop(now)
+        self._recorder.flush(time.monotonic_ns())
+        if now >= self._epoch_s:
+            self._epoch_s = now + EPOCH_S
+            self._recorder.begin_epoch()
+            self._flight.begin_epoch()
+            self._owners = Owners()
+            self._forget_processes()
+        self._marks.append(self._mark())
+        self._forget()
+        every_s = max(1.0, self._settings.before_s / _MARKS)
+        self._mark_s = now + max(every_s, (time.thread_time() - began) / _SHARE)
+
+    def _mark(self) -> Mark:
+        raw = self._read_iterator("lat_iter_seed")
+        return marks.take(
+            self._shared,
+            self._slots(),
+            np.frombuffer(raw, THREAD),
+            at_ns=time.monotonic_ns(),
+            epoch=self._flight.epoch,
+            segs=self._namespaces.now(),
+            overhead=self._cost.report(),
+        )
+
+    def _take_backdrop(self, now: float) -> None:
+        began = time.thread_time()
+        self._backdrops.append(
+            _Backdrop(time.monotonic_ns(), limits(), steal_ns(), self._connections.now())
+        )
+        took_s = time.thread_time() - began
+        self._backdrop_s = now + max(self._settings.before_s, took_s / _SHARE)
+
+    def _forget(self) -> None:
+        """Drop what lies before the window, and what the memory does not allow."""
+        begin_ns = self._marks[-1].at_ns - int(self._settings.before_s * 1e9)
+        while len(self._marks) > 1 and self._marks[1].at_ns <= begin_ns:
+            self._marks.popleft()
+        self._flight.drop(self._marks[0].at_ns, before_epoch=self._marks[0].epoch)
+        self._short = False
+        while self._flight.bytes > self._settings.memory_bytes:
+            dropped_ns = self._flight.drop_oldest()
+            if dropped_ns is None:
+                break
+            self._short = True
+            while len(self._marks) > 1 and self._marks[0].at_ns < dropped_ns:
+                self._marks.popleft()
+        start_ns = self._marks[0].at_ns
+        while self._ended_threads and self._ended_threads[0][0] <= start_ns:
+            self._ended_threads.popleft()
+        while len(self._backdrops) > 1 and self._backdrops[1].at_ns <= start_ns:
+            self._backdrops.popleft()
+
+    def _forget_processes(self) -> None:
+        """Forget the names of processes that have ended: others may need the room."""
+        self._names = {tgid: name for tgid, name in self._names.items() if tgid in self._alive}
+        self._command_lines = {
+            tgid: line for tgid, line in self._command_lines.items() if tgid in self._names
+        }
+
+    # --------------------------------------------------------------- firing
+
+    def trigger(self, reason: str) -> str:
+        """Fire by hand at the next look; returns what will come of it, in words."""
+        if self.state == State.OPEN:
+            return "a bundle is being written already"
+        self._by_hand.append(reason)
+        return "fired"
+
+    def _histograms(self) -> Histograms:
+        sleeps: npt.NDArray[np.uint64] = self._shared.overshoots["slots"].sum(axis=0)
+        return {"wait": self._shared.slot_counts(), "sleep": sleeps}
+
+    def _look(self, now_ns: int) -> None:
+        """Ask the rules, and do what is due."""
+        counts = self._histograms()
+        if self.state == State.OPEN:
+            for rule in self._rules:
+                rule.spike(now_ns, counts)
+            return
+        fired = [firing for rule in self._rules if (firing := rule.look(now_ns, counts))]
+        by_hand, self._by_hand = self._by_hand, []
+        if self.state == State.COOLDOWN:
+            fired = []
+            if now_ns >= self._fired_ns + int(self._settings.cooldown_s * 1e9):
+                self.state = State.ARMED
+                for rule in self._rules:
+                    rule.rearm(now_ns, counts)
+        window_ns = int(self._settings.window_s * 1e9)
+        fired += [
+            Firing(
+                rule="by hand",
+                kind="manual",
+                since_ns=now_ns - window_ns,
+                until_ns=now_ns,
+                reason=reason,
+            )
+            for reason in by_hand
+        ]
+        if fired:
+            self._fire(tuple(fired), now_ns)
+
+    def _fire(self, firings: tuple[Firing, ...], now_ns: int) -> None:
+        """Open a bundle."""
+        from .bundle import Bundle  # noqa: PLC0415 - heavy, after the attach
+
+        self._firings, self._fired_ns, self._end = firings, now_ns, None
+        self._say(f"fired: {headline(firings)}")
+        start = self._marks[0]
+        self._connections.begin_at(self._backdrops[0].connections)
+        try:
+            out = self._bundles.new(time.time_ns())
+            self._bundle = Bundle(out, self._flight, start=start, head=self._head(start))
+            self.state = State.OPEN
+        except LatraceError as error:
+            self._give_up(error)
+            return
+        self._tidy()
+
+    def _head(self, start: Mark) -> dict[str, Any]:
+        """The manifest's first words, of a capture that began at `start`."""
+        head = self._manifest_head()
+        offset_ns = self._start_realtime_ns - self._start_ns
+        head |= {"start_ns": start.at_ns, "started_realtime_ns": start.at_ns + offset_ns}
+        return head
+
+    def _go_on(self, bundle: Bundle) -> None:
+        """Write what has come, and close the bundle when it is time."""
+        now_ns = time.monotonic_ns()
+        try:
+            if self._end is None:
+                if now_ns >= self._fired_ns + int(self._settings.after_s * 1e9):
+                    self._take_mark(time.monotonic())
+                    self._end = self._marks[-1]
+                bundle.step()
+                return
+            bundle.step(until_ns=self._end.at_ns)
+            late_s = (now_ns - self._end.at_ns) / 1e9
+            if late_s < _STACKS_FOLLOW_S:
+                return
+            if self._recorder.all_named or late_s > _NAMES_FOLLOW_S:
+                self._recorder.flush(now_ns)
+                self._close(bundle, self._end)
+        except LatraceError as error:
+            bundle.abandon()
+            self._give_up(error)
+
+    def _close(self, bundle: Bundle, end: Mark) -> None:
+        """Write the rest of a bundle."""
+        while not bundle.step(until_ns=end.at_ns):
+            pass
+        start = bundle.start
+        ended = [
+            (rows, cgroups)
+            for at_ns, rows, cgroups in self._ended_threads
+            if start.at_ns < at_ns <= end.at_ns
+        ]
+        cgroups = dict(self._cgroups)
+        for _, known in ended:
+            cgroups |= known
+        alive = end.threads.copy()
+        alive["event"] = ThreadEvent.END
+        threads = marks.grown_threads(
+            start,
+            np.concatenate([marks.no_threads(), *(rows for rows, _ in ended)]),
+            alive,
+            bundle.longest(),
+        )
+        waits, overshoots = bundle.count(end, threads, cgroups)
+        columns, _ = self._connections.finish()
+        bundle.append("connections", columns)
+        counters = marks.grown_counters(start, end)
+        quality = self._quality_of(counters, waits=waits)
+        waiting = np.isin(alive["place"], (Place.WAITING, Place.UNKNOWN))
+        backdrop = self._backdrops[0]
+        notes = []
+        if self._short:
+            notes.append("the memory allowed less than was asked for (--memory)")
+        bundle.close(
+            {
+                "end_ns": end.at_ns,
+                "targets": self._targets(),
+                "owners": self._owners.told(),
+                "quality": {
+                    **quality,
+                    "open_at_end": int(waiting.sum()),
+                    "symbols": self._recorder.symbols(),
+                    "tcp_info_refused": self._connections.refused,
+                },
+                "sleeps": sleep_totals(overshoots, counters),
+                "cgroups_limited": limited_since(backdrop.limits),
+                "steal_ns": steal_ns() - backdrop.steal_ns,
+                "netns": [
+                    {
+                        "inum": inum,
+                        "retrans_segs_start": start.segs.get(inum),
+                        "retrans_segs_end": segs,
+                    }
+                    for inum, segs in end.segs.items()
+                ],
+                "overhead": marks.grown_overhead(start, end),
+            },
+            self._spike(bundle, end, notes),
+        )
+        self._bundle = None
+        self.state = State.COOLDOWN
+        self._on_bundle(Written(path=bundle.out.path, firings=self._firings))
+        self._tidy()
+
+    def _spike(self, bundle: Bundle, end: Mark, notes: list[str]) -> dict[str, Any]:
+        """What spike.json says before it is explained."""
+        settings = asdict(self._settings)
+        del settings["memory_bytes"], settings["once"]
+        offset_ns = self._start_realtime_ns - self._start_ns
+        return {
+            "schema": 1,
+            "name": bundle.out.path.name,
+            "complete": True,
+            "fired_ns": self._fired_ns,
+            "fired_realtime_ns": self._fired_ns + offset_ns,
+            "start_ns": bundle.start.at_ns,
+            "end_ns": end.at_ns,
+            "triggers": [firing.document() for firing in self._firings],
+            "settings": settings,
+            "host": None,
+            "profiles": None,
+            "notes": notes,
+            "analysis": None,
+        }
+
+    def _give_up(self, error: LatraceError) -> None:
+        """A bundle could not be written: say so, and go on."""
+        self._bundle = None
+        self.state = State.COOLDOWN
+        self._say(f"!!! no bundle: {error.cause}")
+
+    def _tidy(self) -> None:
+        tidied = self._bundles.tidy()
+        for removed in tidied.removed:
+            self._say(f"removed {removed.path.name}, the oldest")
+        for note in tidied.notes:
+            self._say(f"!!! {note}")
+
+    # ------------------------------------------------------------------ end
+
+    def _finish(self, *, complete: bool) -> None:
+        end = self._mark() if self._bundle is not None and self._end is None else self._end
+        self._cost.close()
+        self._sampler.close()
+        self._probes.detach()
+        while self._ring.used():
+            self._drain()
+        bundle = self._bundle
+        if bundle is not None and end is not None:
+            self._recorder.finish()
+            try:
+                if complete:
+                    self._close(bundle, end)
+                else:
+                    bundle.abandon()
+            except LatraceError as error:
+                bundle.abandon()
+                self._give_up(error)
+        with contextlib.suppress(LatraceError):
+            self._recorder.close(complete=complete)
+
+
+def headline(firings: Sequence[Firing]) -> str:
+    """Why a watch fired, in a line."""
+    from latrace.analysis.words import duration, visible  # noqa: PLC0415 - only when it fires
+
+    first = firings[0]
+    more = f" (and {len(firings) - 1} more)" if len(firings) > 1 else ""
+    if first.kind == "manual":
+        reason = f": {visible(first.reason)}" if first.reason else ""
+        return f"by hand{reason}{more}"
+    show = duration if first.unit == "ns" else _plain
+    value, limit = (show(int(each or 0)) for each in (first.value, first.threshold))
+    usual = f", usually {show(int(first.baseline))}" if first.baseline is not None else ""
+    return f"{first.rule}: {value}, over {limit}{usual}{more}"
+
+
+def _plain(value: int) -> str:
+    return f"{value:,}"
