@@ -1,0 +1,392 @@
+"""The unprivileged child that fetches: `python -m …fetch_worker SOCKET NAMESPACE WORKERS PARENT`.
+
+It starts with the tracer's rights, because the program may be installed where only root can read,
+imports everything it will ever need, enters the target's network namespace, and then gives up
+every right: nobody's uid and gid, no groups, no capabilities, no new privileges, no processes,
+no files, bounded memory and CPU time. It dies with the tracer. What it fetches is hostile: every
+answer is bounded in time and size, and no redirect, proxy or compression is followed or taken.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import encodings.idna  # noqa: F401 - getaddrinfo() imports it at its first use
+import http.client
+import io
+import json
+import os
+import queue
+import resource
+import signal
+import socket
+import struct
+import sys
+import threading
+import time
+from contextlib import suppress
+from typing import Any, Final, NoReturn
+
+from latrace.tracer.watch.exposition import ACCEPT, ExpositionError, Reader
+from latrace.tracer.watch.fetch import FRAME, HELLO, MAX_JSON, MAX_WORDS
+
+NOBODY: Final = 65534
+MEMORY_LIMIT: Final = 1 << 30
+"""Address space, in bytes: several large answers at once, and their copies."""
+REQUEST_CPU_S: Final = 20
+LIFETIME_CPU_S: Final = 24 * 3600
+NICENESS: Final = 10
+"""The targets should not wait for us."""
+STACK: Final = 512 << 10
+MAX_PENDING: Final = 64
+MAX_HEADERS: Final = 256 << 10
+READ_AT_ONCE: Final = 64 << 10
+ERROR_BODY: Final = 4096
+
+_PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_NO_NEW_PRIVS = 1, 4, 38
+_CLONE_NEWNET: Final = 0x40000000
+_CAPABILITY_VERSION_3: Final = 0x20080522
+
+
+# --- rights ------------------------------------------------------------------------------------
+
+
+def enter(namespace: int) -> None:
+    """Enter a network namespace, for good. Raises OSError."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.setns(namespace, _CLONE_NEWNET):  # os.setns: Python 3.12
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+
+def drop_rights(keep: int, parent: int) -> None:
+    """Give up everything but descriptor `keep`, and die with `parent`.
+
+    Raises OSError where that is not possible.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.umask(0o077)
+    os.closerange(3, keep)
+    os.closerange(keep + 1, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+    if os.geteuid() == 0:
+        os.setgroups([])
+        os.setresgid(NOBODY, NOBODY, NOBODY)
+        os.setresuid(NOBODY, NOBODY, NOBODY)
+    libc = ctypes.CDLL(None, use_errno=True)
+    # With the securebits of some container the change of uid alone would leave them.
+    nothing = struct.pack("6I", *[0] * 6)
+    if libc.capset(struct.pack("Ii", _CAPABILITY_VERSION_3, 0), nothing):
+        raise OSError(ctypes.get_errno(), "capset")
+    for option, value in (
+        (_PR_SET_NO_NEW_PRIVS, 1),
+        (_PR_SET_DUMPABLE, 0),
+        (_PR_SET_PDEATHSIG, signal.SIGKILL),  # last: a change of ids takes it back
+    ):
+        if libc.prctl(option, value, 0, 0, 0):
+            raise OSError(ctypes.get_errno(), "prctl")
+    if os.getppid() != parent:  # it died before we asked to be told
+        os._exit(0)
+    _limit(resource.RLIMIT_AS, MEMORY_LIMIT)
+    _limit(resource.RLIMIT_CPU, LIFETIME_CPU_S)
+    _limit(resource.RLIMIT_NOFILE, 64)
+    _limit(resource.RLIMIT_FSIZE, 0)
+    _limit(resource.RLIMIT_CORE, 0)
+
+
+def _limit(which: int, limit: int) -> None:
+    hard = resource.getrlimit(which)[1]
+    bound = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
+    resource.setrlimit(which, (bound, bound))
+
+
+def _limit_request() -> None:
+    """Let this request use so much CPU time and no more; SIGXCPU ends the child."""
+    hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
+    soft = min(int(time.process_time()) + 1 + REQUEST_CPU_S, hard)
+    resource.setrlimit(resource.RLIMIT_CPU, (soft, hard))
+
+
+# --- one answer --------------------------------------------------------------------------------
+
+
+class FetchError(Exception):
+    """What went wrong, in words that go behind the address."""
+
+
+class _TooMuch(Exception):
+    """More bytes came than may."""
+
+
+class _Socket(socket.socket):
+    """A connection that ends at its deadline, however slowly it drips, and after so many bytes."""
+
+    deadline_s = 0.0
+    left = 0
+
+    def recv_into(self, *args: Any) -> int:
+        self.settimeout(_left_s(self.deadline_s))
+        count = super().recv_into(*args)
+        self.left -= count
+        if self.left < 0:
+            raise _TooMuch
+        return count
+
+
+def _left_s(deadline_s: float) -> float:
+    left_s = deadline_s - time.monotonic()
+    if left_s <= 0:
+        raise TimeoutError
+    return left_s
+
+
+def _connect(host: str, port: int, deadline_s: float) -> _Socket:
+    """Connect to the first of a name's addresses that takes it. Raises OSError."""
+    failed: OSError | None = None
+    for family, kind, protocol, _, address in socket.getaddrinfo(
+        host, port, type=socket.SOCK_STREAM
+    )[:8]:
+        connection = _Socket(family, kind, protocol)
+        try:
+            connection.settimeout(_left_s(deadline_s))
+            connection.connect(address)
+        except OSError as error:
+            connection.close()
+            failed = failed or error
+        except BaseException:
+            connection.close()
+            raise
+        else:
+            connection.deadline_s = deadline_s
+            return connection
+    raise failed or OSError("no address")
+
+
+def get(request: dict[str, Any], deadline_s: float) -> tuple[bytes, str]:
+    """One answer's body and content type. Raises FetchError."""
+    most, connection = int(request["max_bytes"]), None
+    try:
+        connection = _connect(request["host"], request["port"], deadline_s)
+        # Chunks have heads; one that sends a byte in each means no good.
+        connection.left = most + most // 4 + MAX_HEADERS
+        return _get(connection, request, most)
+    except socket.gaierror as error:
+        raise FetchError(f"the host's name is not known here: {error.strerror}") from error
+    except TimeoutError as error:
+        what = "does not take the connection" if connection is None else "does not end its answer"
+        raise FetchError(f"{what} within {request['timeout_s']:g} s") from error
+    except ConnectionRefusedError as error:
+        raise FetchError("refuses the connection: nobody listens there") from error
+    except _TooMuch as error:
+        raise FetchError(_too_much(most)) from error
+    except http.client.IncompleteRead as error:
+        raise FetchError("hung up in the middle of its answer") from error
+    except http.client.RemoteDisconnected as error:
+        raise FetchError("hung up without an answer") from error
+    except ConnectionError as error:
+        raise FetchError("broke the connection off") from error
+    except (http.client.HTTPException, ValueError) as error:
+        raise FetchError("does not speak HTTP there") from error
+    except OSError as error:
+        raise FetchError(f"cannot be reached: {error.strerror or error}") from error
+    finally:
+        if connection is not None:
+            connection.close()
+
+
+def _get(connection: _Socket, request: dict[str, Any], most: int) -> tuple[bytes, str]:
+    host, port = request["host"], request["port"]
+    accept = ACCEPT if request["metric"] else "*/*"
+    client = http.client.HTTPConnection(host, port)
+    client.sock = connection
+    client.auto_open = 0  # what it would connect on its own knows no deadline
+    client.request(
+        "GET",
+        request["target"],
+        headers={
+            "Accept": accept,
+            "Accept-Encoding": "identity",
+            "Connection": "close",
+            "User-Agent": "latrace",
+        },
+    )
+    response = client.getresponse()
+    try:
+        if response.status != http.client.OK:
+            raise FetchError(_refusal(response))
+        encoding = response.headers.get("Content-Encoding", "identity").lower()
+        if encoding not in ("", "identity"):
+            raise FetchError(f"answers in {_short(encoding)}, which was not asked for")
+        if response.length is not None and response.length > most:
+            raise FetchError(_too_much(most))
+        return _body(response, most), response.headers.get("Content-Type", "")
+    finally:
+        response.close()
+
+
+def _body(response: http.client.HTTPResponse, most: int) -> bytes:
+    body = io.BytesIO()
+    while piece := response.read(READ_AT_ONCE):
+        if body.tell() + len(piece) > most:
+            raise _TooMuch
+        body.write(piece)
+    if response.length:  # http.client does not say so when it reads in pieces
+        raise http.client.IncompleteRead(b"")
+    return body.getvalue()
+
+
+def _refusal(response: http.client.HTTPResponse) -> str:
+    """Words for an answer that is no success."""
+    told = f"answers {response.status} {_short(response.reason)}".rstrip()
+    if 300 <= response.status < 400:
+        where = _short(response.headers.get("Location", ""))
+        return f"{told}, a redirect to {where or 'nowhere'}, which is not followed"
+    try:
+        text = response.read(ERROR_BODY).decode("utf-8", "replace")
+    except (OSError, http.client.HTTPException, ValueError, _TooMuch):
+        text = ""
+    first = next((line.strip() for line in text.splitlines() if line.strip()), "")
+    return f"{told}: {_short(first)}" if first and not first.startswith("<") else told
+
+
+def _short(text: str) -> str:
+    return text[:100]
+
+
+def _too_much(most: int) -> str:
+    return f"answers with more than {most / 1e6:.3g} MB"
+
+
+# --- serving -----------------------------------------------------------------------------------
+
+
+class _Server:
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self._sending = threading.Lock()
+        self._jobs: queue.SimpleQueue[tuple[int, dict[str, Any], float]] = queue.SimpleQueue()
+        self._readers: dict[str, Reader] = {}
+        self._threads = 0
+
+    def start(self, workers: int) -> None:
+        """Make the threads for several requests at once; for one, the main thread will do."""
+        threading.stack_size(STACK)
+        for _ in range(workers if workers > 1 else 0):
+            threading.Thread(target=self._work, daemon=True).start()
+            self._threads += 1
+
+    def say(self, number: int, answer: dict[str, Any], body: bytes = b"") -> None:
+        text = json.dumps(answer).encode()
+        with self._sending:
+            self._connection.sendall(FRAME.pack(number, len(text), len(body)) + text)
+            self._connection.sendall(body)
+
+    def receive(self) -> None:
+        """Take requests for ever. Raises EOFError when the tracer hangs up."""
+        while True:
+            number, length, _ = FRAME.unpack(self._read(FRAME.size))
+            if length > MAX_JSON:
+                raise EOFError
+            request = json.loads(self._read(length))
+            _limit_request()
+            deadline_s = time.monotonic() + request["timeout_s"]
+            if not self._threads:
+                self._handle(number, request, deadline_s)
+                continue
+            if self._jobs.qsize() >= MAX_PENDING:
+                self.say(number, {"error": "not fetched: too many at once"})
+                continue
+            self._jobs.put((number, request, deadline_s))
+
+    def _read(self, length: int) -> bytes:
+        data = bytearray()
+        while len(data) < length:
+            piece = self._connection.recv(length - len(data))
+            if not piece:
+                raise EOFError
+            data += piece
+        return bytes(data)
+
+    def _work(self) -> NoReturn:
+        while True:
+            try:
+                self._handle(*self._jobs.get())
+            except OSError:
+                os._exit(0)
+
+    def _handle(self, number: int, request: dict[str, Any], deadline_s: float) -> None:
+        """Answer one request. Raises OSError when the tracer is gone."""
+        before_s = time.thread_time()
+        answer, body = self._serve(request, deadline_s)
+        answer["cpu_s"] = time.thread_time() - before_s
+        self.say(number, answer, body)
+
+    def _serve(self, request: dict[str, Any], deadline_s: float) -> tuple[dict[str, Any], bytes]:
+        try:
+            body, content_type = get(request, deadline_s)
+            if request["metric"] is None:
+                return {"content_type": content_type[:MAX_WORDS]}, body
+            return {"reading": self._reader(request["metric"]).read(body, content_type)}, b""
+        except (FetchError, ExpositionError) as error:
+            return {"error": str(error)[:MAX_WORDS]}, b""
+        except MemoryError:
+            return {"error": "takes more memory than it may"}, b""
+        except Exception as error:  # a bug of ours; here is no place for a traceback
+            return {"error": f"not fetched: {type(error).__name__}"}, b""
+
+    def _reader(self, metric: dict[str, Any]) -> Reader:
+        """One reader for each metric, which remembers the page's shape."""
+        key = json.dumps(metric, sort_keys=True)
+        if key not in self._readers:
+            if len(self._readers) >= MAX_PENDING:
+                self._readers.clear()
+            self._readers[key] = Reader(metric["name"], metric["labels"], metric["quantile"])
+        return self._readers[key]
+
+
+REHEARSAL: Final = (
+    b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nTransfer-Encoding: chunked\r\n\r\n"
+    b'18\r\na_bucket{le="+Inf"} 1\n# \r\n0\r\n\r\n'
+)
+
+
+def rehearse() -> None:
+    """Do once what requests will ask for: what is imported late, nobody may be able to read."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.sendall(REHEARSAL)
+        connection = _Socket(fileno=ours.detach())
+        connection.deadline_s, connection.left = time.monotonic() + 60, 1 << 20
+        request = {"host": "localhost", "port": 80, "target": "/", "metric": {}, "timeout_s": 1}
+        with connection:
+            body, content_type = _get(connection, request, 1 << 20)
+    for kind in (content_type, "application/openmetrics-text"):
+        with suppress(ExpositionError):
+            Reader("a", {}, 0.5).read(body + b"EOF\n", kind)
+    socket.getaddrinfo("localhost", 80, type=socket.SOCK_STREAM)
+
+
+def main() -> int:
+    """Serve until the tracer hangs up or dies."""
+    os.nice(NICENESS)
+    number, namespace, workers, parent = map(int, sys.argv[1:5])
+    connection = socket.socket(fileno=number)
+    server = _Server(connection)
+    try:
+        rehearse()
+        if namespace >= 0:
+            enter(namespace)
+        drop_rights(number, parent)
+        server.start(workers)
+        _limit(resource.RLIMIT_NPROC, 0)  # threads count, too
+    except (OSError, RuntimeError) as error:
+        server.say(HELLO, {"error": f"the child cannot give up its rights: {error}"})
+        return 1
+    try:
+        server.say(HELLO, {})
+        server.receive()
+    except (EOFError, OSError):
+        pass
+    # Without waiting for the fetches that are under way.
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
