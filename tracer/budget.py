@@ -29,7 +29,7 @@ SLICES_PER_S = 100_000
 """Beside threads that take turns fast, one wait alone can have dozens: above this, the shorter
 waits are recorded without who held them up. With `--min 0`, ten times as many."""
 
-TICK_S = 0.1
+TICK_S, QUIET_TICK_S = 0.1, 1.0
 _SLICED_NS = 10_000  # as SLICED_NS in probes/causes.h
 _WAIT_PERIOD_NS, _BLOCKED_PERIOD_NS, _SLOW_BLOCKED_NS = 2_000_000, 20_000_000, 100_000_000
 _NEVER = 2**63 - 1
@@ -103,7 +103,7 @@ class Budget:
         """Look at the last tick and adapt. `ring_used`: its share before the drain, 0 to 1."""
         now = time.monotonic()
         elapsed = now - self._last_s
-        if elapsed < TICK_S:
+        if elapsed < TICK_S or (elapsed < QUIET_TICK_S and self._is_quiet()):
             return
         self._last_s = now
         self._adapt_slices(elapsed)
@@ -114,6 +114,10 @@ class Budget:
         rate, self._last_rows = (rows - self._last_rows) / elapsed, rows
         if self.options.min_ns is None:
             self._adapt_rows(rate, ring_used)
+
+    def _is_quiet(self) -> bool:
+        """Whether the targets have not waited since the last tick, so that all is as it was."""
+        return not self._resting_ticks and self.shared.waits() == self._last_waits
 
     def _rest(self, elapsed: float) -> None:
         """Hand out stacks for the next tick; on a busy host in one of several ticks only.

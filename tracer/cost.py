@@ -11,6 +11,7 @@ import os
 import resource
 import time
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -101,22 +102,22 @@ class Cost:
         """The programs' run time, in percent of one CPU; None while not yet measured."""
         if not self._switches_measured:
             return None
-        total = self._scaled(sum(self._ns.values()))
+        total = sum(self._ns.values()) * self._switch_scale()
         return total / 1e7 / max(1e-3, time.monotonic() - self._started_s)
 
-    def _scaled(self, measured: int) -> int:
-        """What was counted within the windows, as it must have been over the whole trace."""
+    def _switch_scale(self) -> float:
+        """By how much what was counted within the windows is less than over the whole trace."""
         if not self._switches_measured:
-            return 0
+            return 0.0
         total = context_switches() - self._switches_at_start
-        return round(measured * max(1.0, total / self._switches_measured))
+        return max(1.0, total / self._switches_measured)
 
-    def _scaled_by_time(self, measured: int) -> int:
+    def _time_scale(self) -> float:
         """The same for what a clock drives."""
         if not self._measured_s:
-            return 0
+            return 0.0
         passed_s = min(self._closed_s, time.monotonic()) - self._started_s
-        return round(measured * max(1.0, passed_s / self._measured_s))
+        return max(1.0, passed_s / self._measured_s)
 
     def close(self) -> None:
         """Stop measuring. Safe to call twice."""
@@ -127,13 +128,14 @@ class Cost:
     def report(self) -> dict[str, Any]:
         """The manifest's `overhead`, from the start until now."""
         programs = []
+        by_switches, by_time = self._switch_scale(), self._time_scale()
         for name, counters in self._counters().items():
-            scaled = self._scaled_by_time if name == ON_CPU else self._scaled
+            scale = by_time if name == ON_CPU else by_switches
             programs.append(
                 {
                     "name": name,
-                    "runs": scaled(self._runs[name]),
-                    "ns": scaled(self._ns[name]),
+                    "runs": round(scale * self._runs[name]),
+                    "ns": round(scale * self._ns[name]),
                     "recursion_misses": counters.recursion_misses,
                 }
             )
@@ -151,11 +153,20 @@ def _cpu_s() -> float:
     return time.process_time() + children.ru_utime + children.ru_stime
 
 
+@cache
+def _stat() -> int:
+    """/proc/stat, open for good: opening it each time costs more than reading it."""
+    return os.open("/proc/stat", os.O_RDONLY | os.O_CLOEXEC)
+
+
 def context_switches() -> int:
     """How many switches the CPUs of this host have made since boot."""
-    for line in Path("/proc/stat").read_text().splitlines():
-        if line.startswith("ctxt "):
-            return int(line.split()[1])
+    # It stands below a line for each CPU, and one for the interrupts that can be very long.
+    text = b""
+    while piece := os.pread(_stat(), 1 << 16, len(text)):
+        text += piece
+        if (at := text.find(b"\nctxt ")) >= 0 and (end := text.find(b"\n", at + 1)) >= 0:
+            return int(text[at + 6 : end])
     return 0
 
 

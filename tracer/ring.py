@@ -63,6 +63,11 @@ class Ring:
         self._producer = np.frombuffer(self._producer_map, "<u8", 1)
         self._data = np.frombuffer(self._producer_map, "u1", offset=page)
 
+    @property
+    def produced(self) -> int:
+        """How many bytes the probes have written since the start."""
+        return int(self._producer[0])
+
     def used(self) -> float:
         """The share of the ring that waits to be read, 0 to 1."""
         return (int(self._producer[0]) - int(self._consumer[0])) / self.size

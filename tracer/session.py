@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from .outputs import OutputDir
 
 _FLUSH_S = 0.5
-_SLEEP_MIN_S, _SLEEP_MAX_S = 0.001, 0.1
+_SLEEP_MIN_S, _SLEEP_MAX_S, _QUIET_SLEEP_S = 0.001, 0.1, 0.3
 _SETTLE_S = 0.002  # programs that run on another CPU while we detach end within microseconds
 _LAST_SWITCH_S = 0.2
 _NAMED_PROCESSES = 100  # in the manifest: a fork bomb must not fill it
@@ -235,8 +235,12 @@ class Tracer:
         end_s = started_s + duration_s if duration_s is not None else float("inf")
         self._flush_s = self._snapshot_s = started_s + _FLUSH_S
         tick_at_s, sleep_s = started_s + tick_s, _SLEEP_MIN_S
+        produced, waits = 0, 0
         while True:
             used = self._ring.used()
+            before, produced = (produced, waits), self._ring.produced
+            waits = self._shared.waits()
+            quiet = before == (produced, waits)
             self._drain()
             self._budget.step(used)
             self._sampler.step()
@@ -249,9 +253,8 @@ class Tracer:
             if stop.is_set() or now >= end_s or self._all_ended():
                 return
             # Aim at a ring an eighth full at each look: no wake-up per event, none in vain.
-            sleep_s = min(
-                max(sleep_s * min(2.0, 0.125 / max(used, 1e-3)), _SLEEP_MIN_S), _SLEEP_MAX_S
-            )
+            most_s = _QUIET_SLEEP_S if quiet else _SLEEP_MAX_S
+            sleep_s = min(max(sleep_s * min(2.0, 0.125 / max(used, 1e-3)), _SLEEP_MIN_S), most_s)
             self._sleep(min(sleep_s, max(0.0, end_s - now)))
 
     def _keep(self, now: float) -> None:

@@ -9,10 +9,11 @@ a flight recorder instead of a capture's files.
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -34,9 +35,12 @@ from . import marks
 from .bundles import Bundles
 from .flight import FlightRecorder
 from .marks import Mark
+from .settings import Settings
 from .triggers import Firing, Histograms, Longest, Retransmits, Rule
 
 if TYPE_CHECKING:
+    from latrace.tracer.session import Snapshot
+
     from .bundle import Bundle
 
 TICK_S: Final = 0.1
@@ -48,18 +52,6 @@ _SHARE: Final = 1 / 500  # of a CPU that marks may take, and as much again what 
 _STACKS_FOLLOW_S: Final = 0.6  # see recorder.STACK_FOLLOWS_NS
 _NAMES_FOLLOW_S: Final = 5.0
 _MOST_ENDED: Final = 100_000  # threads that ended within --before
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
-    """How a watch keeps and writes."""
-
-    before_s: float = 10.0
-    after_s: float = 5.0
-    window_s: float = 5.0
-    cooldown_s: float = 60.0
-    memory_bytes: int = 256 << 20
-    once: bool = False
 
 
 class State(Enum):
@@ -117,6 +109,9 @@ class Watch(Tracer):
         self._backdrops: deque[_Backdrop] = deque()
         self._ended_threads: deque[tuple[int, npt.NDArray[np.void], dict[int, str]]] = deque()
         self._mark_s = self._look_s = self._backdrop_s = self._epoch_s = 0.0
+        self._marked = (0, 0)
+        self._counted = (-1, -1)
+        self._counts: Histograms = {}
         self._short = False
         self.state = State.ARMED
         self._bundle: Bundle | None = None
@@ -124,10 +119,25 @@ class Watch(Tracer):
         self._fired_ns = 0
         self._end: Mark | None = None
         self._by_hand: list[str] = []
+        self._on_look: Callable[[], None] = lambda: None
 
     @staticmethod
     def _no_output() -> Any:
         raise NotImplementedError("a watch makes its captures when it fires")
+
+    def watch(
+        self,
+        *,
+        stop: threading.Event,
+        on_look: Callable[[], None],
+        on_tick: Callable[[Snapshot], None] | None = None,
+    ) -> None:
+        """Watch until `stop` is set, the duration is over or all targets have ended.
+
+        `on_look` is called some ten times a second, `on_tick` once.
+        """
+        self._on_look = on_look
+        self.run(stop=stop, on_tick=on_tick)
 
     # ------------------------------------------------------------ recording
 
@@ -159,6 +169,7 @@ class Watch(Tracer):
         if now >= self._look_s:
             self._look_s = now + TICK_S
             self._look(time.monotonic_ns())
+            self._on_look()
         if self._bundle is not None:
             self._go_on(self._bundle)
 
@@ -180,6 +191,11 @@ class Watch(Tracer):
         self._mark_s = now + max(every_s, (time.thread_time() - began) / _SHARE)
 
     def _mark(self) -> Mark:
+        """The counters now."""
+        seen = (self._shared.waits(), self._ring.produced)
+        if self._marks and seen == self._marked:  # nothing has happened: as they were
+            return replace(self._marks[-1], at_ns=time.monotonic_ns(), epoch=self._flight.epoch)
+        self._marked = seen
         raw = self._read_iterator("lat_iter_seed")
         return marks.take(
             self._shared,
@@ -226,6 +242,14 @@ class Watch(Tracer):
             tgid: line for tgid, line in self._command_lines.items() if tgid in self._names
         }
 
+    def describe(self, snapshot: Snapshot) -> str:
+        """Where the watch stands, in a line."""
+        rules = "  ".join(rule.state() for rule in self._rules)
+        cost = snapshot.self_cpu_percent + (snapshot.bpf_percent or 0.0)
+        return (
+            f"{self.state.value}  {snapshot.waits_per_s:,.0f} waits/s  {rules}  cost {cost:.1f} %"
+        )
+
     # --------------------------------------------------------------- firing
 
     def trigger(self, reason: str) -> str:
@@ -236,8 +260,13 @@ class Watch(Tracer):
         return "fired"
 
     def _histograms(self) -> Histograms:
+        seen = (self._shared.waits(), int(self._shared.overshoots["count"].sum()))
+        if seen == self._counted:
+            return self._counts
+        self._counted = seen
         sleeps: npt.NDArray[np.uint64] = self._shared.overshoots["slots"].sum(axis=0)
-        return {"wait": self._shared.slot_counts(), "sleep": sleeps}
+        self._counts = {"wait": self._shared.slot_counts(), "sleep": sleeps}
+        return self._counts
 
     def _look(self, now_ns: int) -> None:
         """Ask the rules, and do what is due."""
@@ -378,7 +407,7 @@ class Watch(Tracer):
     def _spike(self, bundle: Bundle, end: Mark, notes: list[str]) -> dict[str, Any]:
         """What spike.json says before it is explained."""
         settings = asdict(self._settings)
-        del settings["memory_bytes"], settings["once"]
+        del settings["memory_bytes"]
         offset_ns = self._start_realtime_ns - self._start_ns
         return {
             "schema": 1,
