@@ -17,7 +17,8 @@ from latrace.tracer.watch.control import send
 def trigger(
     *,
     reason: Annotated[
-        str, typer.Argument(metavar="[REASON]", help="Why; it is kept in the bundle.")
+        str,
+        typer.Argument(metavar="REASON", help="Why; it is kept in the bundle.", show_default=False),
     ] = "",
     watch: Annotated[
         int | None,
