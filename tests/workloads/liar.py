@@ -62,6 +62,8 @@ STREAMS = {
     "/endless-waits": (b"", b"HTTP/1.1 100 Continue\r\n\r\n" * 512, 0),
 }
 
+CHANGED: list[str] = []
+
 
 def serve(connection: socket.socket) -> None:
     with connection:
@@ -76,6 +78,11 @@ def serve(connection: socket.socket) -> None:
                     time.sleep(pause_s)
                     if pause_s and not _is_open(connection):
                         return
+            if asked == "/changing":  # other buckets each time
+                CHANGED.append(asked)
+                page = PAGE.replace(b'"0.1"', b'"0.%d"' % (1 + len(CHANGED) % 2))
+                connection.sendall(whole(page))
+                return
             connection.sendall(ANSWERS.get(asked, whole(b"no\n", status="404 Not Found")))
         except (OSError, IndexError):
             pass
