@@ -15,7 +15,7 @@ import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, NoReturn, TypeGuard
+from typing import Any, Final, NamedTuple, NoReturn, TypeGuard
 
 from latrace.analysis.errors import CaptureError
 
@@ -81,6 +81,18 @@ class Spike:
     def realtime_ns(self, at_ns: int) -> int:
         """Tell the time of day, in ns since 1970, of a moment."""
         return self.fired_realtime_ns + at_ns - self.fired_ns
+
+
+class Told(NamedTuple):
+    """A spike, and what it was made of."""
+
+    spike: Spike
+    analysis: Mapping[str, Any]
+    """As `latrace.analysis.spikes.analyse` gives it."""
+
+    def document(self) -> dict[str, Any]:
+        """Give what `spike.json` says, the analysis in its place."""
+        return {**self.spike.document, "analysis": self.analysis}
 
 
 def read_spike(bundle: str | os.PathLike[str]) -> Spike | None:

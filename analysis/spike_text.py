@@ -129,13 +129,16 @@ def clock(realtime_ns: int) -> str:
 
 def sentences(analysis: Analysis, spike: Spike) -> list[str]:
     """Say what the spike was made of: the answer first, then what it is compared with."""
-    answer = [_because(analysis), *_grew(analysis), _sleeps(analysis)]
+    answer = [_because(analysis), *_grew(analysis)]
     lost = [_losses(analysis)]
+    first, then = (lost, answer) if analysis["cause"] == "lost" else (answer, lost)
     told = [
         _opening(analysis, spike.main),
-        *(lost + answer if analysis["cause"] == "lost" else answer + lost),
-        *host_words(spike, analysis["cpu_users"]),
+        *first,
         _before(analysis),
+        *then,
+        _sleeps(analysis),
+        *host_words(spike, analysis["cpu_users"]),
         *_how_sure(analysis, spike),
     ]
     return [text for text in told if text]
@@ -325,7 +328,7 @@ def _how_sure(analysis: Analysis, spike: Spike) -> Iterator[str]:
         )
     if len(spike.triggers) > 1:
         rules = "; ".join(
-            f"{_rule(one)} {fired(one, one.value)}".rstrip() for one in spike.triggers[1:4]
+            f"{_rule(one)}: {fired(one, one.value)}".rstrip(": ") for one in spike.triggers[1:4]
         )
         more = len(spike.triggers) - 4
         yield f"Fired as well: {rules}{f' and {more:,} more' if more > 0 else ''}."
@@ -381,21 +384,19 @@ def compared(spike: Line, before: Line | None) -> list[tuple[str, str, str]]:
     for name, key in (("P50 of waits", "p50_ns"), ("P99", "p99_ns"), ("longest", "max_ns")):
         add(name, duration, [part[key] for part in parts])
     add("waits per second", _rate, [part["per_s"]["waits"] for part in parts])
-    add("waited for a CPU, in each second", duration, [part["per_s"]["wait_ns"] for part in parts])
+    add("waiting, per second", duration, [part["per_s"]["wait_ns"] for part in parts])
+    most = max(part["per_s"]["wait_ns"] for part in parts)
     for cause in SHORT:
         values = [part["per_s"]["by_cause_ns"][cause] for part in parts]
-        if max(values) >= _SHOWN_NS_PER_S:
+        if max(values) >= _SHOWN_SHARE * most > 0:
             add(f"  {_WAITED[cause]}", duration, values)
     calls = {call for part in parts for call in part["per_s"]["blocked_ns"]}
     blocked = {call: [part["per_s"]["blocked_ns"].get(call, 0.0) for part in parts]
                for call in calls}  # fmt: skip
     for call in sorted(calls, key=lambda call: (-max(blocked[call]), call))[:_CALLS_SHOWN]:
         if max(blocked[call]) >= _SHOWN_NS_PER_S:
-            add(
-                f"blocked in {_name(call) or 'no system call'}, in each second",
-                duration,
-                blocked[call],
-            )
+            name = _name(call) or "no system call"
+            add(f"blocked in {name}, per second", duration, blocked[call])
     for name, key, say in _OTHERS:
         values = [part["per_s"][key] for part in parts]
         if any(values):
@@ -408,11 +409,12 @@ def _rate(value: float) -> str:
 
 
 _OTHERS: Final = (
-    ("busy on the CPU, in each second", "on_cpu_ns", duration),
+    ("on the CPU, per second", "on_cpu_ns", duration),
     ("late sleep calls per second", "sleeps_late", _rate),
-    ("TCP segments sent again per second", "segments", _rate),
+    ("segments sent again per second", "segments", _rate),
 )
-_SHOWN_NS_PER_S = 10_000
+_SHOWN_NS_PER_S = 1_000_000  # 0.1 % of one thread's time
+_SHOWN_SHARE = 0.02  # of the waiting
 _CALLS_SHOWN = 4
 
 

@@ -21,7 +21,7 @@ from latrace.analysis.frames import name_stacks
 from latrace.analysis.rows import Slow, scan
 from latrace.analysis.selection import Selection
 from latrace.analysis.sleep_calls import PARTS, SleepCalls, read_sleep_calls
-from latrace.analysis.spike_file import SPIKE_FILE, Spike, Trigger, read_object, read_spike
+from latrace.analysis.spike_file import SPIKE_FILE, Spike, Told, Trigger, read_object, read_spike
 from latrace.analysis.spike_host import cpu_users
 from latrace.analysis.spike_parts import (
     LATE_NS,
@@ -37,10 +37,12 @@ from latrace.analysis.summary import summarise
 __all__ = [
     "SPIKE_FILE",
     "Spike",
+    "Told",
     "Trigger",
     "Window",
     "Windows",
     "analyse",
+    "explain",
     "find_windows",
     "read_object",
     "read_spike",
@@ -48,8 +50,19 @@ __all__ = [
 
 _TOP = 10
 _CULPRITS: Final = ("kthread", "own", "other")  # causes that a thread can be named for
+_KEPT: Final = ("cause", "comm", "tid", "tgid", "vector", "ns", "share", "cgroup")
+_LISTED = 5
 _QUANTILES: Final = {0.5: "p50_ns", 0.9: "p90_ns", 0.99: "p99_ns", 0.999: "p999_ns"}
 _ROWS_LACK: Final = 1.001
+
+
+def explain(capture: Capture) -> Told | None:
+    """Read what fired in a bundle, and tell what the spike was made of; None: it is no bundle.
+
+    Raises CaptureError for a damaged file.
+    """
+    spike = read_spike(capture.path)
+    return None if spike is None else Told(spike, analyse(capture, spike))
 
 
 def analyse(capture: Capture, spike: Spike) -> dict[str, Any]:
@@ -171,7 +184,7 @@ def _slow(summary: Mapping[str, Any]) -> dict[str, Any]:
         **_nothing(),
         "cause": cause if total else "",
         "share": _share(causes[cause], total),
-        "culprit": _culprit(summary, cause),
+        **_culprits(summary, cause),
         "quota": _quota(summary) if cause == "throttled" else None,
         "vector": _vector(summary, cause),
         "answer": attribution_text.answer(summary),
@@ -189,7 +202,7 @@ def _grown(summary: Mapping[str, Any], line: Mapping[str, Any]) -> dict[str, Any
         **_nothing(),
         "cause": cause,
         "share": _share(causes[cause], total),
-        "culprit": _culprit(summary, cause, everywhere=True),
+        **_culprits(summary, cause, everywhere=True),
         "quota": _quota(summary) if cause == "throttled" else None,
         "vector": _vector(summary, cause),
         "answer": attribution_text.answer(summary),
@@ -214,20 +227,27 @@ def _share(part: int, whole: int) -> float:
     return part / whole if whole else 0.0
 
 
-def _culprit(
+def _culprits(
     summary: Mapping[str, Any], cause: str, *, everywhere: bool = False
-) -> dict[str, Any] | None:
-    """Name who had the CPU most, of those that are that cause; None: nobody can be named."""
-    if cause not in _CULPRITS:
-        return None
-    key = ("culprits" if cause == "own" else "culprit_processes") + ("_all" if everywhere else "")
-    lines = [line for line in summary["waits"][key] if line["cause"] == cause]
-    return _entry(lines[0]) if lines else None
+) -> dict[str, Any]:
+    """Name who had the CPU most: `culprits`, and `culprit`, the first that is of that cause.
+
+    That is None where nobody can be named.
+    """
+    ending = "_all" if everywhere else ""
+    key = ("culprits" if cause == "own" else "culprit_processes") + ending
+    lines = [_entry(line) for line in summary["waits"][key]]
+    found = [line for line in lines if line["cause"] == cause]
+    return {
+        "culprits": lines[:_LISTED],
+        "culprit": found[0] if found and cause in _CULPRITS else None,
+    }
 
 
 def _entry(line: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        **{key: line[key] for key in ("cause", "comm", "tid", "tgid", "ns", "share", "cgroup")},
+        **{key: line[key] for key in _KEPT},
+        "threads": line.get("threads", 1),
         "function": line["mostly"]["function"] if line["mostly"] else "",
     }
 
@@ -255,21 +275,18 @@ def _late(capture: Capture, windows: Windows) -> dict[str, Any]:
     waiting = part == "run_queue"
     if not waited:  # the waits in these calls have no rows
         cause = "unknown"
-    culprits = [
-        one
-        for line in lines
-        for one in line["tail"]["culprits"]
-        if one["cause"] == cause and cause in _CULPRITS
-    ]
-    culprit = _entry(max(culprits, key=lambda one: one["ns"])) if waiting and culprits else None
-    if culprit is not None:
-        culprit["share"] = _share(culprit["ns"], waited)
+    culprits = [_entry(one) for line in lines for one in line["tail"]["culprits"]]
+    culprits.sort(key=lambda one: -one["ns"])
+    for one in culprits:
+        one["share"] = _share(one["ns"], waited)
+    named = [one for one in culprits if one["cause"] == cause and cause in _CULPRITS]
     return {
         **_nothing(),
         "cause": cause if waiting else part,
         "name": lines[0]["call"] if lines else "",
         "share": _share(causes[cause] or 1, waited or 1) if waiting else _share(parts[part], total),
-        "culprit": culprit,
+        "culprit": named[0] if named and waiting else None,
+        "culprits": culprits[:_LISTED],
         "parts_ns": parts,
         "by_cause_ns": causes,
         "late": {

@@ -14,9 +14,11 @@ from typing import Any, Final
 from latrace.analysis.capture import Capture
 from latrace.analysis.report_html import charts, losses, series
 from latrace.analysis.report_html.page import Flame, Pictures, write_page
+from latrace.analysis.report_html.spike import SHADED, shade_of
 from latrace.analysis.report_html.wording import percent
 from latrace.analysis.retransmits import read_retransmits
 from latrace.analysis.selection import Selection
+from latrace.analysis.spike_file import Told
 from latrace.flamegraphs import KINDS, build_profile, to_svg
 
 __all__ = ["render_html"]
@@ -33,19 +35,26 @@ _FLAMES: Final = {
 
 
 def render_html(
-    capture: Capture, summary: Mapping[str, Any], *, selection: Selection = _EVERYTHING
+    capture: Capture,
+    summary: Mapping[str, Any],
+    *,
+    selection: Selection = _EVERYTHING,
+    spike: Told | None = None,
 ) -> bytes:
     """Write a report as an HTML document, UTF-8.
 
     `summary` is what `summarise` says of the same selection. The flame graphs are of the whole
-    capture. The same capture gives the same bytes. Raises CaptureError for a damaged file.
+    capture. `spike`: what a bundle's `spike.json` says and what `analyse` makes of it; its words
+    come first, and it is marked in the plots. The same capture gives the same bytes. Raises
+    CaptureError for a damaged file.
     """
-    return write_page(summary, capture.manifest, _pictures(capture, summary, selection)).encode(
-        "utf-8"
-    )
+    pictures = _pictures(capture, summary, selection, spike)
+    return write_page(summary, capture.manifest, pictures, spike=spike).encode("utf-8")
 
 
-def _pictures(capture: Capture, summary: Mapping[str, Any], selection: Selection) -> Pictures:
+def _pictures(
+    capture: Capture, summary: Mapping[str, Any], selection: Selection, spike: Told | None
+) -> Pictures:
     told = summary["capture"]
     begin, end = selection.window_ns(int(told["duration_s"] * 1e9))
     start = int(told["start_ns"])
@@ -62,10 +71,11 @@ def _pictures(capture: Capture, summary: Mapping[str, Any], selection: Selection
     marks = charts.marks_of(summary["waits"])
     drawn = [line["call"] for line in summary["sleeps"] if line["call"] in sleeps.grids]
     drawn = drawn[: charts.COLOURS]
+    shade = shade_of(spike, window) if spike is not None and timed else None
     lines = [(label, ns) for label, _, ns in marks if label in ("P50", "P99")]
     return Pictures(
-        heat=charts.heat_map(waits, window, lines) if waits.rows and timed else "",
-        causes=charts.causes_over_time(waits, window)
+        heat=charts.heat_map(waits, window, lines, shade) if waits.rows and timed else "",
+        causes=charts.causes_over_time(waits, window, shade)
         if waits.rows and waits.has_causes and timed
         else "",
         tail=charts.tail_curve(counts, marks) if counts.any() else "",
@@ -74,7 +84,7 @@ def _pictures(capture: Capture, summary: Mapping[str, Any], selection: Selection
         losses=losses.strip(read_retransmits(capture, selection), window)
         if timed and summary["retransmits"]["count"]
         else "",
-        heat_note=_note(summary, selection),
+        heat_note=_note(summary, selection) + (f" {SHADED}" if shade else ""),
         flames=_flames(capture),
     )
 

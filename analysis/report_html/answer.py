@@ -22,6 +22,19 @@ _LISTED: Final = 10
 
 
 def head(summary: Summary) -> str:
+    """Write what was traced, and the overview."""
+    return (
+        f"<header><p class=kicker>latrace · waits for a CPU{when(summary['capture'])}</p>"
+        f"{title(summary)}{overview(summary)}</header>"
+    )
+
+
+def title(summary: Summary) -> str:
+    """Name what was traced."""
+    return f"<h1>{_targets(summary)}</h1>"
+
+
+def overview(summary: Summary) -> str:
     """Write the headline, the warnings and the quantiles."""
     waits, capture = summary["waits"], summary["capture"]
     seconds = time(capture["duration_s"] * 1e9)
@@ -50,15 +63,14 @@ def head(summary: Summary) -> str:
     because += f"<p class=lead>{prose(lost)}</p>" if lost else ""
     alarms = "".join(f"<p>{prose(text)}</p>" for text in _warnings(summary))
     return (
-        f"<header><p class=kicker>latrace · waits for a CPU{_when(capture)}</p>"
-        f"<h1>{_targets(summary)}</h1><p class=lead>{lead}</p>{because}{_part(summary)}"
+        f"<p class=lead>{lead}</p>{because}{_part(summary)}"
         + (f"<div class=alarms>{alarms}</div>" if alarms else "")
         + (f"<dl class=tiles>{tiles}</dl>" if waits["count"] else "")
-        + "</header>"
     )
 
 
-def _when(capture: Mapping[str, Any]) -> str:
+def when(capture: Mapping[str, Any]) -> str:
+    """Say on which host a capture was made, and when; begins with a separator."""
     at = capture.get("started_realtime_ns") or 0
     host = f" · {name(capture['host'])}" if capture.get("host") else ""
     try:

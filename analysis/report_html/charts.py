@@ -39,6 +39,7 @@ COLOURS: Final = 6
 _MOST_ROWS = 60  # of latency, in a heat map
 _BESIDE = 96  # px for the name of a quantile beside the curve
 _SIZES = 5  # of points
+_SHADES = 250  # the narrowest shade is such a part of the width
 _ASIDE = 8  # px between the points of two calls that asked for the same
 
 _Paint = Callable[["Figure", "Format"], None]
@@ -55,6 +56,15 @@ class Format:
     time_ticks: int
     fold: int
     """So many columns of time are drawn as one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shade:
+    """A stretch of time to shade, and a moment to mark, ns after the capture began."""
+
+    begin_ns: int
+    end_ns: int
+    mark_ns: int
 
 
 WIDE: Final = Format("wide", 940, 64, 70, 10, 1)
@@ -80,7 +90,12 @@ def both(paint: _Paint, *, key: str, label: str, height: int) -> str:
 # --- over time ---------------------------------------------------------------------------------
 
 
-def heat_map(waits: Waits, window: Window, marks: Sequence[tuple[str, int]]) -> str:
+def heat_map(
+    waits: Waits,
+    window: Window,
+    marks: Sequence[tuple[str, int]],
+    shade: Shade | None = None,
+) -> str:
     """Draw when waits ended and how long they were; `marks` are quantiles (name, ns)."""
     used = np.flatnonzero(waits.grid.sum(axis=0))
     low, high = int(used[0]), int(used[-1]) + 1
@@ -123,6 +138,7 @@ def heat_map(waits: Waits, window: Window, marks: Sequence[tuple[str, int]]) -> 
                 )
         _latency_axis(ax.yaxis, extent[2], extent[3])
         _time_axis(ax, window, form)
+        _shade(ax, window, shade)
 
     most = int(grid.max())
     return both(
@@ -149,7 +165,7 @@ def _coloured(counts: Counts, stops: Sequence[str]) -> Any:
     )
 
 
-def causes_over_time(waits: Waits, window: Window) -> str:
+def causes_over_time(waits: Waits, window: Window, shade: Shade | None = None) -> str:
     """Draw how many threads waited at a time, by cause, stacked: `unknown` on top."""
 
     def paint(figure: Figure, form: Format) -> None:
@@ -179,6 +195,7 @@ def causes_over_time(waits: Waits, window: Window) -> str:
         ax.grid(axis="y", alpha=0.6)
         ax.set_axisbelow(True)
         _time_axis(ax, window, form)
+        _shade(ax, window, shade)
 
     return both(
         paint,
@@ -186,6 +203,20 @@ def causes_over_time(waits: Waits, window: Window) -> str:
         height=220,
         label="Stacked areas: how many threads waited for a CPU at a time, by cause",
     )
+
+
+def _shade(ax: Axes, window: Window, shade: Shade | None) -> None:
+    if shade is None:
+        return
+    # So wide at least that it can be seen.
+    least = (window.end_ns - window.begin_ns) / _SHADES
+    begin = max(shade.begin_ns, window.begin_ns)
+    end = min(max(shade.end_ns, begin + least), window.end_ns)
+    if begin < end:
+        # Behind what is drawn: its colours mean something.
+        ax.axvspan(begin, end, color=INK["alarm"], alpha=0.2, linewidth=0, zorder=-1)
+    if window.begin_ns <= shade.mark_ns <= window.end_ns:
+        ax.axvline(shade.mark_ns, color=INK["alarm"], linewidth=1.5)
 
 
 def _time_axis(ax: Axes, window: Window, form: Format) -> None:

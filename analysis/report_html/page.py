@@ -12,7 +12,9 @@ from importlib import resources
 from typing import Any, Final
 
 from latrace.analysis.report_html import answer, details, losses, trust
+from latrace.analysis.report_html.spike import spike_head
 from latrace.analysis.report_html.wording import safe
+from latrace.analysis.spike_file import Told
 
 Summary = Mapping[str, Any]
 
@@ -52,9 +54,15 @@ class Pictures:
     flames: Sequence[Flame] = ()
 
 
-def write_page(summary: Summary, manifest: Mapping[str, Any], pictures: Pictures) -> str:
-    """Put the page together: one HTML document that asks nothing of the network."""
+def write_page(
+    summary: Summary, manifest: Mapping[str, Any], pictures: Pictures, *, spike: Told | None = None
+) -> str:
+    """Put the page together: one HTML document that asks nothing of the network.
+
+    With `spike`, that comes first.
+    """
     parts: list[tuple[str, Callable[[], str]]] = [
+        ("The whole recording", lambda: answer.overview(summary) if spike else ""),
         ("Why", lambda: answer.why(summary)),
         ("Over time", lambda: details.over_time(summary, pictures)),
         ("Distribution", lambda: details.distribution(summary, pictures)),
@@ -67,6 +75,7 @@ def write_page(summary: Summary, manifest: Mapping[str, Any], pictures: Pictures
         ("The capture", lambda: trust.capture(summary, manifest)),
         ("The same in words", lambda: trust.words(summary)),
     ]
+    head = spike_head(spike, summary) if spike else answer.head(summary)
     sections = [
         f'<section id="{_anchor(title)}"><h2>{title}</h2>\n{body}</section>'
         for title, write in parts
@@ -87,7 +96,7 @@ def write_page(summary: Summary, manifest: Mapping[str, Any], pictures: Pictures
             '<meta name="referrer" content="no-referrer">',
             f"<title>latrace: {answer.plain_targets(summary)}</title>",
             f"<style>\n{_STYLE}</style></head>",
-            f"<body><main>{answer.head(summary)}<nav>{links}</nav>",
+            f"<body><main>{head}<nav>{links}</nav>",
             *sections,
             "</main></body></html>\n",
         ]

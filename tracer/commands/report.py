@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from latrace.analysis.words import size
 from latrace.tracer.commands import params
-from latrace.tracer.commands.console import Status, write_out
+from latrace.tracer.commands.console import Status, wants_colour, width_of, write_out
 from latrace.tracer.commands.quantities import parse_duration, parse_moment
 from latrace.tracer.commands.tracing import print_summary
 from latrace.tracer.errors import UsageError
 from latrace.tracer.outputs import DEFAULT_NAME, open_output_file
 from latrace.tracer.targets import parse_ids
+
+if TYPE_CHECKING:
+    from latrace.analysis.capture import Capture
+    from latrace.analysis.spike_file import Told
 
 Since = Annotated[
     str | None,
@@ -65,7 +71,8 @@ def report(
     """Tell why the threads waited: in words, as JSON or as a page.
 
     What the slow waits were spent on and who had the CPU meanwhile, how exact
-    the figures are, and what tracing cost. Needs no root.
+    the figures are, and what tracing cost. Of what latrace watch wrote: first
+    what the spike was made of, and the time before it. Needs no root.
 
     \b
     latrace report
@@ -92,12 +99,17 @@ def report(
         )
     capture = open_capture(source)
     summary = summarise(capture, selection=selection)
+    told = _spike_of(capture) if selection.everything else None
     if out is None:
+        if told is not None and as_json:
+            summary["spike"] = told.document()
+        elif told is not None:
+            _print_spike(told)
         print_summary(summary, as_json=as_json)
         return
     from latrace.analysis.report_html import render_html  # noqa: PLC0415 - matplotlib: 1 s
 
-    page = render_html(capture, summary, selection=selection)
+    page = render_html(capture, summary, selection=selection, spike=told)
     if out == "-":
         write_out(page)
         return
@@ -107,6 +119,29 @@ def report(
     status = Status(quiet=quiet)
     status.say(f"Wrote {path} ({size(len(page))})")
     status.say("Next: open it in a browser; it asks nothing of the network")
+
+
+def _spike_of(capture: Capture) -> Told | None:
+    """What a bundle of `latrace watch` tells beside its tables; None: it is another capture."""
+    from latrace.analysis.errors import CaptureError  # noqa: PLC0415
+    from latrace.analysis.spikes import SPIKE_FILE, explain  # noqa: PLC0415
+
+    if not os.path.lexists(capture.path / SPIKE_FILE):
+        return None
+    try:
+        return explain(capture)
+    except CaptureError as error:  # the capture can be read all the same
+        Status().warn(f"!!! {error.cause}")
+        return None
+
+
+def _print_spike(told: Told) -> None:
+    from latrace.analysis.spike_text import render_spike  # noqa: PLC0415
+
+    text = render_spike(
+        told.analysis, told.spike, width=width_of(sys.stdout), colour=wants_colour(sys.stdout)
+    )
+    write_out(text + "\n")
 
 
 def _check_page(out: str, *, as_json: bool) -> None:
