@@ -139,7 +139,7 @@ def read_object(file: Path, *, most_bytes: int = _MOST_BYTES) -> dict[str, Any] 
     if len(text) > most_bytes:
         raise _damaged(file, f"it is larger than {most_bytes >> 20} MiB")
     try:
-        found = json.loads(text, parse_constant=_no_constant)
+        found = json.loads(text, parse_constant=_no_constant, parse_float=_finite)
     except (ValueError, RecursionError) as error:
         raise _damaged(file, str(error)) from error
     if not isinstance(found, dict):
@@ -149,6 +149,11 @@ def read_object(file: Path, *, most_bytes: int = _MOST_BYTES) -> dict[str, Any] 
 
 def _no_constant(text: str) -> NoReturn:
     raise ValueError(f"{text} is not a number")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    return number if math.isfinite(number) else _no_constant(text[:20])
 
 
 class _Reader:

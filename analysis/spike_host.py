@@ -12,13 +12,14 @@ from typing import Any, Final
 
 from latrace.analysis.page import comm
 from latrace.analysis.spike_file import Spike
-from latrace.analysis.words import duration, fit, visible
+from latrace.analysis.words import duration, fit, plural, visible
 
 _NOTABLE_PERCENT: Final = 5.0
 _STEAL_PERCENT: Final = 1.0
 _BUSY_PERCENT: Final = 20.0
 _SHOWN: Final = 3
 _LISTED: Final = 10
+_FRAMES: Final = 3
 
 
 def cpu_users(spike: Spike, targets: Collection[int]) -> list[dict[str, Any]]:
@@ -70,6 +71,43 @@ def host_words(spike: Spike, users: list[dict[str, Any]]) -> Iterator[str]:
                 f"The control group stopped longest by its CPU quota: {fit(visible(name), 48)}, "
                 f"{duration(stopped)}."
             )
+
+
+def service_words(spike: Spike, begin_ns: int, end_ns: int) -> Iterator[str]:
+    """Say in sentences what the Go runtime of the service tells, set against the spike.
+
+    `begin_ns`, `end_ns`: the spike, CLOCK_MONOTONIC.
+    """
+    told = _object(spike.profiles.get("gc"))
+    pauses, total = _number(told.get("pauses")), _number(told.get("pause_ns"))
+    longest = _number(told.get("max_pause_ns"))
+    if pauses and total is not None and longest is not None:
+        stops = plural(int(pauses), "time")
+        text = f"Go's collector stopped all goroutines {stops}, {duration(total)} in all"
+        inside = _inside(told.get("longest"), spike.realtime_ns(begin_ns), end_ns - begin_ns)
+        where = f", the longest in the spike {duration(inside)}" if inside else ""
+        yield f"{text}; the longest stop took {duration(longest)}{where}."
+    elif pauses == 0:
+        yield "Go's collector did not stop the goroutines in those seconds."
+    goroutines = _number(told.get("goroutines"))
+    if goroutines:
+        text = f"The service had {plural(int(goroutines), 'goroutine')}"
+        for group in _lines(told.get("largest"))[:1]:
+            count, stack = _number(group.get("count")), group.get("stack")
+            if count and isinstance(stack, list) and stack:
+                names = [fit(visible(str(name)), 48) for name in stack[:_FRAMES]]
+                text += f", {int(count):,} of them in {' < '.join(names)}"
+        yield f"{text}."
+
+
+def _inside(longest: object, begin_ns: int, length_ns: int) -> int:
+    """Tell the longest stop of those listed that lies in the spike; times of day, ns."""
+    most = 0
+    for line in _lines(longest):
+        end, took = _number(line.get("end_realtime_ns")), _number(line.get("pause_ns"))
+        if end is not None and took is not None and end >= begin_ns:
+            most = max(most, int(took)) if end - took <= begin_ns + length_ns else most
+    return most
 
 
 def _lines(value: object) -> list[Mapping[str, Any]]:

@@ -14,7 +14,8 @@ from latrace.analysis import retransmits_text
 from latrace.analysis.attribution_text import SHORT
 from latrace.analysis.page import BOLD, Page, comm
 from latrace.analysis.spike_file import Spike, Trigger
-from latrace.analysis.spike_host import host_words
+from latrace.analysis.spike_host import host_words, service_words
+from latrace.analysis.spike_windows import percentile
 from latrace.analysis.words import duration, fit, percent, plural, visible
 
 Analysis = Mapping[str, Any]
@@ -138,6 +139,7 @@ def sentences(analysis: Analysis, spike: Spike) -> list[str]:
         _before(analysis),
         *then,
         _sleeps(analysis),
+        *service_words(spike, analysis["spike"]["start_ns"], analysis["spike"]["end_ns"]),
         *host_words(spike, analysis["cpu_users"]),
         *_how_sure(analysis, spike),
     ]
@@ -159,22 +161,16 @@ def _opening(analysis: Analysis, trigger: Trigger) -> str:
     if trigger.kind == "retransmits":
         limit = "" if trigger.threshold is None else f" (limit {trigger.threshold:,.0f})"
         return f"{analysis['value']:,.0f} TCP segments were sent again{limit} {when}."
-    if trigger.kind == "max":
-        many = plural(analysis["slow"], "wait")
-        return f"A wait for a CPU took {saw}: {many} over the limit, {when}."
+    fraction = percentile(trigger)
+    if fraction is None:
+        sleep = trigger.kind == "sleep"
+        many = plural(analysis["slow"], "call" if sleep else "wait")
+        first = f"A sleep call came back {saw} late" if sleep else f"A wait for a CPU took {saw}"
+        return f"{first}: {many} over the limit, {when}."
     what = "waits for a CPU" if trigger.kind == "wait" else "how late sleep calls came back"
-    quantile = _quantile(trigger)
+    quantile = f"P{100 * fraction:g}"
     most = f"; the longest was {longest}" if analysis["worst_ns"] > (analysis["value"] or 0) else ""
     return f"The {quantile} of {what} rose to {saw} {when}{most}."
-
-
-def _quantile(trigger: Trigger) -> str:
-    for word in trigger.rule.replace("=", " ").split():
-        name = word.removeprefix("--").removeprefix("sleep-").split("-")[0]
-        if name[:1] in "pP" and name[1:].isdecimal() and 2 <= len(name[1:]) <= 4:
-            digits = name[1:]
-            return f"P{digits[:2]}{f'.{digits[2:]}' if digits[2:] else ''}"
-    return "percentile"
 
 
 def _span(analysis: Analysis) -> str:

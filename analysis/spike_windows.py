@@ -183,18 +183,20 @@ def _limits(trigger: Trigger) -> list[int]:
 
 
 def percentile(trigger: Trigger) -> float | None:
-    """Tell which percentile a rule looks at, from how it was typed: `--p999 5ms`: 0.999."""
-    found = _PERCENTILE.search(trigger.rule)
-    if found is None or trigger.kind not in {"wait", "sleep"}:
+    """Tell which percentile a rule looks at, from how it was typed: `--p999 5ms`: 0.999.
+
+    None: at none, but at each single value.
+    """
+    if trigger.kind not in {"wait", "sleep"} or trigger.rule.startswith("--max"):
         return None
-    return float(f"0.{found[1]}")
+    found = _PERCENTILE.search(trigger.rule)
+    return float(f"0.{found[1]}") if found else 0.99
 
 
 def _allowed(trigger: Trigger) -> float:
     """Tell which share of all may be slow without the rule firing."""
-    if trigger.kind == "max":
-        return 0.0
-    return 1 - (percentile(trigger) or 0.99)
+    fraction = percentile(trigger)
+    return 0.0 if fraction is None else 1 - fraction
 
 
 def _own_window(spike: Spike, trigger: Trigger) -> Window:

@@ -153,10 +153,10 @@ def _worst(
         value = max(value or 0, part["retransmits"]["segs"])
     else:
         longest, what = part["max_ns"], "wait"
-    if trigger.kind == "max" and windows.bursts:
-        value = max(value or 0, part["max_ns"])
+    if trigger.kind in {"max", "sleep"} and windows.bursts and percentile(trigger) is None:
+        value = max(value or 0, longest)  # the rule fires at the first one over the limit
     if trigger.kind == "wait" and windows.bursts and not thinned:
-        key = _QUANTILES.get(percentile(trigger) or 0.99)
+        key = _QUANTILES.get(percentile(trigger) or 0.0)
         value = max(value or 0, part[key] if key else 0)
     return {"value": value, "worst_ns": longest, "worst_what": what}
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from sample_capture import START_NS, write_capture
 from spike_samples import (
+    FIRED_REALTIME_NS,
     MS,
     SPAN_NS,
     TGID,
@@ -151,7 +152,7 @@ def test_of_sleep_calls_it_begins_with_the_deadline(tmp_path: Path) -> None:
     for at in range(0, SPAN_NS, 10 * MS):
         late = 8 * S <= at < 8 * S + 200 * MS
         rows.sleep(at, 25 * MS if late else 60 * US)
-    rule = trigger(rule="--sleep-p99 20ms", kind="sleep", value=25 * MS, threshold=20 * MS)
+    rule = trigger(rule="--p99 sleep=20ms", kind="sleep", value=25 * MS, threshold=20 * MS)
     windows = windows_of(tmp_path / "b", rows, rule)
     assert since_start(windows) == (8 * S, 8 * S + 190 * MS + 25 * MS)
 
@@ -283,7 +284,7 @@ def test_late_sleep_calls_by_what_had_the_cpu(tmp_path: Path) -> None:
         if late:
             rows.wait(at + 25 * MS, 25 * MS - 50 * US, "other", sleep=len(rows.sleeps) - 1)
             rows.culprit()
-    rule = trigger(rule="--sleep-p99 20ms", kind="sleep", value=25 * MS, threshold=20 * MS)
+    rule = trigger(rule="--p99 sleep=20ms", kind="sleep", value=25 * MS, threshold=20 * MS)
     analysis = analysis_of(tmp_path / "b", rows, rule)
     assert analysis["cause"] == "other"
     assert analysis["culprit"]["comm"] == "batch-indexer"
@@ -300,7 +301,7 @@ def test_late_sleep_calls_by_the_timer(tmp_path: Path) -> None:
     for at in range(8 * S, 8 * S + 320 * MS, 40 * MS):
         rows.sleep(at + 10 * MS, 25 * MS)
         rows.sleeps[-1] |= {"timer_ns": 24 * MS, "run_queue_ns": MS}
-    rule = trigger(rule="--sleep-p99 20ms", kind="sleep", value=25 * MS, threshold=20 * MS)
+    rule = trigger(rule="--p99 sleep=20ms", kind="sleep", value=25 * MS, threshold=20 * MS)
     analysis = analysis_of(tmp_path / "b", rows, rule)
     assert (analysis["cause"], analysis["name"]) == ("timer", "clock_nanosleep")
     assert "the timer itself came late" in " ".join(analysis["sentences"])
@@ -416,6 +417,55 @@ def test_who_else_used_the_host(tmp_path: Path) -> None:
     assert "12 %" in text
 
 
+def test_a_single_late_call(tmp_path: Path) -> None:
+    rows = Rows()
+    rows.steady(0, SPAN_NS)
+    rows.sleep(8 * S, 25 * MS)
+    rule = trigger(rule="--max sleep=20ms", kind="sleep", value=21 * MS, threshold=20 * MS)
+    analysis = analysis_of(tmp_path / "b", rows, rule)
+    assert analysis["value"] == analysis["worst_ns"] == 25 * MS
+    assert analysis["sentences"][0].startswith(
+        "A sleep call came back 25.0 ms (limit 20.0 ms) late: 1 call over the limit, at "
+    )
+
+
+def go(**more: Any) -> Told:
+    told = {
+        "pauses": 12,
+        "pause_ns": 4_200_000,
+        "max_pause_ns": 1_300_000,
+        "longest": [
+            {"end_realtime_ns": FIRED_REALTIME_NS - 3 * S, "pause_ns": 1_300_000},
+            {"end_realtime_ns": FIRED_REALTIME_NS - 100 * MS, "pause_ns": 700_000},
+        ],
+        "goroutines": 1204,
+        "largest": [{"count": 980, "stack": ["sync.(*Mutex).Lock", "main.ha\x1bndler"]}],
+    }
+    return {"url": "http://127.0.0.1:6060", "gc": told | more}
+
+
+def test_what_the_service_says_of_itself(tmp_path: Path) -> None:
+    text = " ".join(analysis_of(tmp_path / "b", neighbour(), profiles=go())["sentences"])
+    assert (
+        "stopped all goroutines 12 times, 4.20 ms in all; the longest stop took 1.30 ms, the "
+        "longest in the spike 700 us." in text
+    )
+    assert "1,204 goroutines, 980 of them in sync.(*Mutex).Lock < main.ha\\x1bndler." in text
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"pauses": None, "goroutines": None},
+        {"pauses": "12", "longest": 3, "largest": [3]},
+        {"pause_ns": 1e300, "largest": [{"count": "x", "stack": [1]}]},
+        {"max_pause_ns": None, "longest": [{"end_realtime_ns": "x"}], "goroutines": -0.0},
+    ],
+)
+def test_what_the_service_says_may_be_anything(tmp_path: Path, more: Told) -> None:
+    assert analysis_of(tmp_path / "b", neighbour(), profiles=go(**more))["sentences"]
+
+
 def test_rows_that_are_missing_are_told(tmp_path: Path) -> None:
     quality = {"degraded": [{"what": "waits under 1 ms have no row"}]}
     analysis = analysis_of(tmp_path / "b", neighbour(), manifest={"quality": quality})
@@ -455,6 +505,7 @@ def test_what_it_says(tmp_path: Path) -> None:
         (b"[" * 100_000, "damaged"),
         (b"\xff\xfe", "damaged"),
         (b'{"schema": 1, "fired_ns": NaN}', "NaN is not a number"),
+        (b'{"schema": 1, "fired_ns": 1e400}', "1e400 is not a number"),
         (b'{"schema": "1"}', "no schema version"),
         (b'{"schema": true}', "no schema version"),
         (b'{"schema": 2}', "reads up to 1"),
