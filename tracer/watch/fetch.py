@@ -202,7 +202,7 @@ class Fetcher:
         self._waiting: dict[int, Fetch] = {}
         self._last = HELLO
         self._served = 0
-        self._ready = False
+        self._ready = self._closed = False
         self._start_at_s = 0.0
         self._pause_s = 0.0
         self._cpu_ended_s = 0.0
@@ -232,7 +232,8 @@ class Fetcher:
 
     def start(self) -> None:
         """Start the child without waiting for it, so that a first fetch finds it ready."""
-        if self._process is not None or time.monotonic() < self._start_at_s:
+        waits = time.monotonic() < self._start_at_s
+        if self._process is not None or self._closed or waits:
             return
         # Twice as long after each child that did not come up; none at all after one that did.
         self._pause_s = min(max(2 * self._pause_s, 1.0), RESTART_MAX_S)
@@ -334,7 +335,8 @@ class Fetcher:
             self._abandon(f"no answer within {late[0].timeout_s:g} s")
 
     def close(self) -> None:
-        """End the child; what was not fetched stays so, with an error."""
+        """End the child, for good; what was not fetched stays so, with an error."""
+        self._closed = True
         self._abandon("not fetched: the trace ended")
         for process in self._dying:
             process.wait()
