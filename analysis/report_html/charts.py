@@ -421,3 +421,18 @@ def marks_of(waits: Mapping[str, Any]) -> list[tuple[str, float, int]]:
         )
         if part >= least or name == "max"
     ]
+
+
+# --- before root is given up -------------------------------------------------------------------
+
+
+def rehearse() -> None:
+    """Draw one of each plot, of next to nothing, so that all that they load is in memory."""
+    waits, window = Waits(), Window(capture_ns=0, begin_ns=0, end_ns=10**9)
+    waits.grid[0, 0], waits.waiting[0, 0] = 1, 1.0
+    heat_map(waits, window, [("P50", 1 << LOWEST)], Shade(0, 1, 1))
+    causes_over_time(waits, window)
+    tail_curve(histogram.from_buckets([1, 1000], [1, 1]), [("max", 0.0, 1000)])
+    grid = np.zeros((LATENCIES, LATENCIES), np.int64)
+    grid[LATENCIES // 2, LATENCIES // 2] = 1
+    sleep_calls(Sleeps({"": grid}), [""])
