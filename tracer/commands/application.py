@@ -15,6 +15,8 @@ from latrace.tracer.commands.flame import flame
 from latrace.tracer.commands.report import report
 from latrace.tracer.commands.run import run
 from latrace.tracer.commands.tcp import tcp
+from latrace.tracer.commands.trigger import trigger
+from latrace.tracer.commands.watch import watch
 
 _EXIT_USAGE = 2
 
@@ -51,6 +53,7 @@ def latrace(
     \b
       sudo latrace demo               a real example, in a few seconds
       sudo latrace attach --pid PID   trace a process until Ctrl-C
+      sudo latrace watch --pid PID    capture a spike by itself, when it happens
       sudo latrace tcp                what TCP sends again, and whose it is
       latrace flame wait.svg          the last capture as a flame graph
       sudo latrace doctor             can this host do it?
@@ -64,7 +67,7 @@ def latrace(
         raise typer.Exit(_EXIT_USAGE)
 
 
-for _command in (attach, run, tcp, flame, report, diff, doctor, demo):
+for _command in (attach, run, watch, trigger, tcp, flame, report, diff, doctor, demo):
     app.command(
         # The traced program's own options are its own, with or without a -- before it.
         context_settings={"allow_interspersed_args": False} if _command is run else None

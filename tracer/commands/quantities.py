@@ -70,6 +70,28 @@ def parse_moment(text: str, *, option: str) -> int:
     return sum(parse_duration(piece, option=option) for piece in pieces)
 
 
+def parse_span(text: str, *, option: str, least_s: float = 0.1) -> float:
+    """Seconds of an option such as `--window 5s`: at least `least_s`, at most an hour."""
+    seconds = parse_duration(text, option=option, bare_unit="s") / 1e9
+    if not least_s <= seconds <= 3600:
+        raise UsageError(
+            f"{option} {text} is out of range",
+            hint=f"it takes {show_seconds(least_s)} to 1 h",
+        )
+    return seconds
+
+
+def parse_size(text: str, *, option: str) -> int:
+    """Bytes of a size such as `256M`, at least 1M. Raises `UsageError`."""
+    match = _SIZE.fullmatch(text.strip())
+    size = int(Decimal(match["number"]) * _BYTES_PER_UNIT[match["unit"].lower()]) if match else 0
+    if size < 1 << 20:
+        raise UsageError(
+            f"{option} {text!r} is not a size of 1M or more", hint=f"write for example {option} 1G"
+        )
+    return size
+
+
 def parse_ring_size(text: str) -> int:
     """Bytes of the ring buffer; the kernel takes powers of two of at least one page."""
     match = _SIZE.fullmatch(text.strip())

@@ -33,7 +33,9 @@ from latrace.tracer.sleeps import sleep_totals
 
 from . import marks
 from .bundles import Bundles
+from .control import ControlSocket
 from .flight import FlightRecorder
+from .host import HostUsage
 from .marks import Mark
 from .settings import Settings
 from .triggers import Firing, Histograms, Longest, Retransmits, Rule
@@ -44,6 +46,8 @@ if TYPE_CHECKING:
     from .bundle import Bundle
 
 TICK_S: Final = 0.1
+SETTLE_S: Final = 1.0
+"""No rule fires earlier: that we begin is felt by the target, too."""
 EPOCH_S: Final = 300.0
 """So often all stacks are named anew, so that what is not seen any more is forgotten."""
 
@@ -83,7 +87,8 @@ class _Backdrop:
 class Watch(Tracer):
     """Watches the targets of `options`; a context manager, as `Tracer` is.
 
-    `say` gets lines for people; `on_bundle` each bundle when it is on disk.
+    `host` and `control` stay the caller's. `say` gets lines for people; `on_bundle` each bundle
+    when it is on disk.
     """
 
     def __init__(
@@ -94,6 +99,8 @@ class Watch(Tracer):
         bundles: Bundles,
         *,
         command: list[str],
+        host: HostUsage,
+        control: ControlSocket | None,
         say: Callable[[str], None],
         on_bundle: Callable[[Written], None],
         loading: Loading | None = None,
@@ -102,6 +109,8 @@ class Watch(Tracer):
         self._settings = settings
         self._rules = tuple(rules)
         self._bundles = bundles
+        self._host = host
+        self._control = control
         self._say = say
         self._on_bundle = on_bundle
         self._flight = FlightRecorder()
@@ -113,7 +122,8 @@ class Watch(Tracer):
         self._counted = (-1, -1)
         self._counts: Histograms = {}
         self._short = False
-        self.state = State.ARMED
+        self.state = State.COOLDOWN
+        self._armed_ns = 0
         self._bundle: Bundle | None = None
         self._firings: tuple[Firing, ...] = ()
         self._fired_ns = 0
@@ -142,11 +152,15 @@ class Watch(Tracer):
     # ------------------------------------------------------------ recording
 
     def _open_capture(self) -> None:
+        # What a bundle needs is read now: a spike is no time for it.
         from latrace.tracer.recorder import Recorder  # noqa: PLC0415 - heavy: after the attach
+
+        from . import bundle  # noqa: F401, PLC0415
 
         self._recorder = Recorder(self._flight)
         now = time.monotonic()
         self._epoch_s = now + EPOCH_S
+        self._armed_ns = time.monotonic_ns() + int(SETTLE_S * 1e9)
         self._take_mark(now)
 
     def _end_threads(self, ended: npt.NDArray[np.void]) -> None:
@@ -179,6 +193,7 @@ class Watch(Tracer):
         if now >= self._backdrop_s:
             self._take_backdrop(now)
         self._recorder.flush(time.monotonic_ns())
+        self._host.snapshot()
         if now >= self._epoch_s:
             self._epoch_s = now + EPOCH_S
             self._recorder.begin_epoch()
@@ -252,12 +267,9 @@ class Watch(Tracer):
 
     # --------------------------------------------------------------- firing
 
-    def trigger(self, reason: str) -> str:
-        """Fire by hand at the next look; returns what will come of it, in words."""
-        if self.state == State.OPEN:
-            return "a bundle is being written already"
+    def trigger(self, reason: str) -> None:
+        """Fire by hand at the next look. May be called from a signal handler."""
         self._by_hand.append(reason)
-        return "fired"
 
     def _histograms(self) -> Histograms:
         seen = (self._shared.waits(), int(self._shared.overshoots["count"].sum()))
@@ -271,37 +283,46 @@ class Watch(Tracer):
     def _look(self, now_ns: int) -> None:
         """Ask the rules, and do what is due."""
         counts = self._histograms()
+        by_hand, self._by_hand = self._by_hand, []
+        requests = [] if self._control is None else self._control.poll()
         if self.state == State.OPEN:
             for rule in self._rules:
                 rule.spike(now_ns, counts)
+            for request in requests:
+                request.answer(f"a bundle is being written already: {self._path()}", ok=False)
             return
         fired = [firing for rule in self._rules if (firing := rule.look(now_ns, counts))]
-        by_hand, self._by_hand = self._by_hand, []
         if self.state == State.COOLDOWN:
             fired = []
-            if now_ns >= self._fired_ns + int(self._settings.cooldown_s * 1e9):
+            if now_ns >= self._armed_ns:
                 self.state = State.ARMED
                 for rule in self._rules:
                     rule.rearm(now_ns, counts)
-        window_ns = int(self._settings.window_s * 1e9)
-        fired += [
-            Firing(
-                rule="by hand",
-                kind="manual",
-                since_ns=now_ns - window_ns,
-                until_ns=now_ns,
-                reason=reason,
-            )
-            for reason in by_hand
-        ]
+        by_hand += [request.reason for request in requests]
+        fired += [self._manual(now_ns, reason) for reason in by_hand]
         if fired:
             self._fire(tuple(fired), now_ns)
+        for request in requests:
+            opened = self.state == State.OPEN
+            wanted = f"{self._path()}, whole in {self._settings.after_s:g} s"
+            request.answer(wanted if opened else "the bundle cannot be written", ok=opened)
+
+    def _manual(self, now_ns: int, reason: str) -> Firing:
+        since_ns = now_ns - int(self._settings.window_s * 1e9)
+        return Firing(
+            rule="by hand", kind="manual", since_ns=since_ns, until_ns=now_ns, reason=reason
+        )
+
+    def _path(self) -> str:
+        return "" if self._bundle is None else str(self._bundle.out.path)
 
     def _fire(self, firings: tuple[Firing, ...], now_ns: int) -> None:
         """Open a bundle."""
         from .bundle import Bundle  # noqa: PLC0415 - heavy, after the attach
 
         self._firings, self._fired_ns, self._end = firings, now_ns, None
+        self._armed_ns = now_ns + int(self._settings.cooldown_s * 1e9)
+        self._host.snapshot(now=True)
         self._say(f"fired: {headline(firings)}")
         start = self._marks[0]
         self._connections.begin_at(self._backdrops[0].connections)
@@ -327,7 +348,9 @@ class Watch(Tracer):
         try:
             if self._end is None:
                 if now_ns >= self._fired_ns + int(self._settings.after_s * 1e9):
+                    self._marked = (-1, -1)  # where each thread stands is wanted, too
                     self._take_mark(time.monotonic())
+                    self._host.snapshot(now=True)
                     self._end = self._marks[-1]
                 bundle.step()
                 return
@@ -419,7 +442,7 @@ class Watch(Tracer):
             "end_ns": end.at_ns,
             "triggers": [firing.document() for firing in self._firings],
             "settings": settings,
-            "host": None,
+            "host": self._host.between(bundle.start.at_ns, end.at_ns),
             "profiles": None,
             "notes": notes,
             "analysis": None,

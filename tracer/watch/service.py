@@ -1,0 +1,204 @@
+"""The course of a watch: everything around the tracer is made, run and taken down here."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from latrace.tracer.commands.console import Status, write_out
+from latrace.tracer.commands.signals import StopOnSignals
+from latrace.tracer.doctor import explained, require_tracing
+from latrace.tracer.errors import LatraceError
+from latrace.tracer.options import Options
+from latrace.tracer.targets import Targets
+
+from .application import ApplicationLatency
+from .bundles import Bundles
+from .control import ControlSocket
+from .explain import Explained, Explainer
+from .host import HostUsage
+from .plan import Plan
+from .triggers import Rule
+from .view import WatchView
+
+if TYPE_CHECKING:
+    from latrace.tracer.session import Snapshot
+
+    from .watcher import Watch, Written
+
+_EXPLAIN_S: Final = 120.0
+"""That the last bundles may take to be explained when the watch ends."""
+
+
+def run(
+    plan: Plan, options: Options, targets: Targets, *, status: Status, signals: StopOnSignals
+) -> str:
+    """Watch until a signal, the duration, the targets' end, or with `once` the first bundle.
+
+    Returns where the bundles are. `signals` must be active. Raises HostError when this host or
+    this user cannot trace, LatraceError when the bundles cannot be written there.
+    """
+    require_tracing()
+    view = WatchView(status)
+    with contextlib.ExitStack() as undo:
+        bundles = Bundles(plan.output, keep=plan.keep, disk_bytes=plan.disk_bytes)
+        undo.callback(bundles.close)
+        explainer = Explainer(on_spike=plan.on_spike, say=view.say)
+        undo.callback(explainer.close)
+        service = _Service(plan, explainer, view, signals)
+        with _watch(plan, options, targets, bundles, service) as watch:
+            service.watch = watch
+            watch.watch(
+                stop=signals.stop,
+                on_look=service.look,
+                on_tick=service.tick if view.draws else None,
+            )
+        # What was open is a bundle now, and explained like any other.
+        for each in explainer.finish(_EXPLAIN_S):
+            service.tell(each)
+    return _shown(bundles.path)
+
+
+@contextlib.contextmanager
+def _watch(
+    plan: Plan, options: Options, targets: Targets, bundles: Bundles, service: _Service
+) -> Iterator[Watch]:
+    """Attach, with all that a watch has around it; nothing of it is left afterwards."""
+    view, settings = service.view, plan.settings
+    with contextlib.ExitStack() as undo:
+        host = HostUsage(
+            before_s=settings.before_s,
+            after_s=settings.after_s + settings.window_s,
+            target_pid=next(iter(options.pids), None),
+        )
+        undo.callback(host.close)
+        control = _control(targets.description, view)
+        if control is not None:
+            undo.callback(control.close)
+        rules: list[Rule] = list(plan.rules)
+        if plan.application is not None:
+            application = _application(plan, options, view)
+            undo.callback(application.close)
+            rules.append(application)
+        with explained():
+            from latrace.tracer.loader import Loading  # noqa: PLC0415 - errors come before it
+
+            loading = Loading(options)
+            from .watcher import Watch  # noqa: PLC0415
+
+            watch = undo.enter_context(
+                Watch(
+                    options,
+                    settings,
+                    rules,
+                    bundles,
+                    command=sys.argv,
+                    host=host,
+                    control=control,
+                    say=view.say,
+                    on_bundle=service.wrote,
+                    loading=loading,
+                )
+            )
+        undo.enter_context(_fired_by_signal(watch))
+        undo.callback(view.close)
+        view.say(f"watching {targets.description}: {', '.join(rule.rule for rule in rules)}")
+        yield watch
+
+
+class _Service:
+    """What the parts of a watch tell each other."""
+
+    def __init__(
+        self, plan: Plan, explainer: Explainer, view: WatchView, signals: StopOnSignals
+    ) -> None:
+        self._plan = plan
+        self._explainer = explainer
+        self.view = view
+        self._signals = signals
+        self.watch: Watch | None = None
+
+    def wrote(self, written: Written) -> None:
+        """A bundle is on disk."""
+        self.view.say(f"wrote {_shown(written.path)}")
+        self._explainer.add(written.path)
+
+    def look(self) -> None:
+        """Some ten times a second."""
+        for each in self._explainer.poll():
+            self.tell(each)
+            if self._plan.once:
+                self._signals.stop.set()
+
+    def tick(self, snapshot: Snapshot) -> None:
+        """Once a second, on a terminal."""
+        if self.watch is not None:
+            self.view.update(self.watch.describe(snapshot))
+
+    def tell(self, explained_one: Explained) -> None:
+        """A bundle is done."""
+        if explained_one.trouble:
+            self.view.say(f"!!! not explained: {explained_one.trouble}")
+        else:
+            self.view.say(explained_one.headline)
+        if self._plan.as_json:
+            write_out(json.dumps(_document(explained_one.path)) + "\n")
+        else:
+            write_out(f"{_shown(explained_one.path)}\n")
+
+
+def _application(plan: Plan, options: Options, view: WatchView) -> ApplicationLatency:
+    wanted = plan.application
+    pid = next(iter(options.pids), None)
+    if wanted is None or pid is None:
+        raise LatraceError(
+            "whose network the metrics are in is not known", hint="name the process with --pid"
+        )
+    return ApplicationLatency(
+        wanted.url,
+        wanted.spec,
+        pid,
+        above_ns=wanted.above_ns,
+        window_s=plan.settings.window_s,
+        least=wanted.least,
+        say=view.say,
+    )
+
+
+def _control(description: str, view: WatchView) -> ControlSocket | None:
+    """The socket of `latrace trigger`; without it the watch goes on, and says so."""
+    try:
+        return ControlSocket(description)
+    except LatraceError as error:
+        view.say(f"!!! `latrace trigger` will not work: {error.cause}")
+        return None
+
+
+@contextlib.contextmanager
+def _fired_by_signal(watch: Watch) -> Iterator[None]:
+    """SIGUSR2 fires by hand."""
+    before = signal.signal(signal.SIGUSR2, lambda *_: watch.trigger("SIGUSR2"))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+
+
+def _document(path: Path) -> dict[str, object]:
+    """What spike.json says, and where it is."""
+    from latrace.analysis.spike_file import read_spike  # noqa: PLC0415 - only for --json
+
+    spike = read_spike(path)
+    return {"path": str(path), **(spike.document if spike is not None else {})}
+
+
+def _shown(path: Path) -> str:
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except (ValueError, OSError):
+        return str(path)
