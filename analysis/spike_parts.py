@@ -42,13 +42,22 @@ _STACKS = 2000  # of one stretch that are looked at
 
 
 @dataclass(slots=True)
+class _Woken:
+    """What one waker ended."""
+
+    ns: int = 0
+    stacks: dict[int, float] = field(default_factory=dict)
+    """Where it stood when it did, by stacks.id: the time it stands for."""
+
+
+@dataclass(slots=True)
 class _Blocked:
     """What was blocked in one call, within a stretch."""
 
     ns: int = 0
     stacks: dict[int, float] = field(default_factory=dict)
     """By stacks.id: the time it stands for."""
-    wakers: dict[tuple[str, int, int, str], int] = field(default_factory=dict)
+    wakers: dict[tuple[str, int, int, str], _Woken] = field(default_factory=dict)
     """Who ended it, by (context, tid, tgid, comm)."""
 
 
@@ -67,7 +76,7 @@ def read_timelines(capture: Capture, windows: Sequence[Window]) -> list[Timeline
     found = [Timeline() for _ in windows]
     columns = (
         *("run_ns", "wait_ns", "blocked_ns", "syscall", "stack", "blocked_weight_ns"),
-        *("waker_tid", "waker_tgid", "waker", "waker_ctx"),
+        *("waker_tid", "waker_tgid", "waker", "waker_ctx", "waker_stack"),
     )
     for table in chunks(capture, "waits", columns):
         woken = (numbers(table, "run_ns") - numbers(table, "wait_ns")).astype(np.int64)
@@ -103,21 +112,23 @@ def _add_blocked(timeline: Timeline, table: pa.Table, inside: npt.NDArray[Any]) 
                 "tgid": numbers(table, "waker_tgid"),
                 "comm": comms,
                 "stack": numbers(table, "stack", -1),
+                "waker_stack": numbers(table, "waker_stack", -1),
                 "ns": inside,
                 "weight": weight,
             }
         )
-        .group_by(["call", "context", "tid", "tgid", "comm", "stack"])
+        .group_by(["call", "context", "tid", "tgid", "comm", "stack", "waker_stack"])
         .aggregate([("ns", "sum"), ("weight", "sum")])
     )
     for line in sums.to_pylist():
         entry = timeline.blocked.setdefault(call_names[line["call"]], _Blocked())
         entry.ns += line["ns_sum"]
-        if line["stack"] >= 0 and line["weight_sum"]:
-            stack = line["stack"]
-            entry.stacks[stack] = entry.stacks.get(stack, 0.0) + line["weight_sum"]
         who = (context_names[line["context"]], line["tid"], line["tgid"], comm_names[line["comm"]])
-        entry.wakers[who] = entry.wakers.get(who, 0) + line["ns_sum"]
+        woken = entry.wakers.setdefault(who, _Woken())
+        woken.ns += line["ns_sum"]
+        for stacks, stack in ((entry.stacks, line["stack"]), (woken.stacks, line["waker_stack"])):
+            if stack >= 0 and line["weight_sum"]:
+                stacks[stack] = stacks.get(stack, 0.0) + line["weight_sum"]
 
 
 def _add_by(sums: dict[int, int], key: npt.NDArray[Any], weight: npt.NDArray[Any]) -> None:
@@ -256,27 +267,31 @@ def where(capture: Capture, line: Mapping[str, Any], timeline: Timeline) -> dict
     elif line["what"] == "blocked" and line["name"] in timeline.blocked:
         entry = timeline.blocked[line["name"]]
         sampled = entry.stacks
-        (context, tid, tgid, comm), ns = max(
-            entry.wakers.items(), key=lambda item: (item[1], -item[0][1])
+        (context, tid, tgid, comm), woken = max(
+            entry.wakers.items(), key=lambda item: (item[1].ns, -item[0][1])
         )
         if context == "task" and tid > 0:
-            share = ns / entry.ns if entry.ns else 0.0
-            waker = {"tid": tid, "tgid": tgid, "comm": comm, "ns": ns, "share": share}
-    stacks = name_stacks(capture, _heaviest(sampled))
+            waker = {
+                **{"tid": tid, "tgid": tgid, "comm": comm, "ns": woken.ns},
+                "share": woken.ns / entry.ns if entry.ns else 0.0,
+                "function": _most(capture, woken.stacks)[0],
+            }
+    function, stack = _most(capture, sampled)
+    return {"stack": stack, "function": function, "waker": waker}
+
+
+def _most(capture: Capture, sampled: Mapping[int, float]) -> tuple[str, list[str]]:
+    """Name the function that most of some stacks' time was in, and the heaviest stack."""
     weights: dict[tuple[str, ...], float] = {}
     functions: dict[str, float] = {}
-    for number, stack in stacks.items():
+    for number, stack in name_stacks(capture, _heaviest(sampled)).items():
         frames, function = _frames(stack), _function(stack)
         weights[frames] = weights.get(frames, 0.0) + sampled[number]
         functions[function] = functions.get(function, 0.0) + sampled[number]
-    total = sum(functions.values())
     best = max(functions, key=lambda name: (functions[name], name), default="")
-    most: tuple[str, ...] = max(weights, key=lambda one: (weights[one], one), default=())
-    return {
-        "stack": list(most),
-        "function": best if functions.get(best, 0.0) >= total / 2 else "",
-        "waker": waker,
-    }
+    heaviest: tuple[str, ...] = max(weights, key=lambda one: (weights[one], one), default=())
+    most = functions.get(best, 0.0) >= sum(functions.values()) / 2
+    return best if most else "", list(heaviest)
 
 
 def _heaviest(sampled: Mapping[int, float]) -> list[int]:

@@ -157,7 +157,8 @@ def _opening(analysis: Analysis, trigger: Trigger) -> str:
         why = fit(visible(trigger.reason), _LONGEST_REASON).rstrip(".")
         return f"Asked for{f': {why}.' if why else '.'} This is of {_span(analysis)}."
     if trigger.kind == "metric":
-        return f"The service's own metric rose to {saw or 'its limit'} {when} ({_rule(trigger)})."
+        metric = _rule(trigger).removeprefix("--metric ")
+        return f"The service's own {metric} rose to {saw or 'its limit'} {when}."
     if trigger.kind == "retransmits":
         limit = "" if trigger.threshold is None else f" (limit {trigger.threshold:,.0f})"
         return f"{analysis['value']:,.0f} TCP segments were sent again{limit} {when}."
@@ -245,7 +246,7 @@ def _details(where: Line | None) -> str:
     if waker and waker["share"] >= 0.2:
         text += (
             f"; {percent(waker['share'], 1)} of that ended when "
-            f"{comm(waker['comm']) or 'thread'} (tid {waker['tid']}) woke them"
+            f"{comm(waker['comm']) or 'thread'} (tid {waker['tid']}) woke them{_at(waker)}"
         )
     return text
 

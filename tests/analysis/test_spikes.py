@@ -325,6 +325,7 @@ def convoy(rows: Rows) -> None:
                 waker_tgid=TGID,
                 waker="lock-holder",
                 waker_ctx="task",
+                waker_stack=21,
             )
     for thread in range(20):  # more time than in the lock, but nobody's fault
         rows.wait(8 * S, 20 * US, tid=900 + thread, blocked_ns=4 * S, syscall="epoll_wait")
@@ -341,14 +342,15 @@ def test_a_lock_convoy_that_a_metric_told_of(tmp_path: Path) -> None:
     analysis = analysis_of(tmp_path / "b", rows, rule)
     assert (analysis["cause"], analysis["name"]) == ("blocked", "futex")
     assert analysis["where"]["function"] == "compress_block"
-    assert analysis["where"]["waker"]["comm"] == "lock-holder"
+    waker = analysis["where"]["waker"]
+    assert (waker["comm"], waker["function"], waker["share"]) == ("lock-holder", "run", 1.0)
     assert analysis["parts"]["spike"]["per_s"]["blocked_ns"]["futex"] == pytest.approx(
         8 * 880 * MS, rel=0.01
     )
     assert "futex" not in analysis["parts"]["baseline"]["per_s"]["blocked_ns"]
     text = " ".join(analysis["sentences"])
     assert "180 ms (limit 100 ms)" in text
-    assert "lock-holder (tid 830)" in text
+    assert "when lock-holder (tid 830) woke them, in run." in text
 
 
 def test_a_neighbour_that_a_metric_told_of_goes_before_the_locks_it_kept(tmp_path: Path) -> None:
