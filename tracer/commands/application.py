@@ -14,6 +14,7 @@ from latrace.tracer.commands.doctor import doctor
 from latrace.tracer.commands.flame import flame
 from latrace.tracer.commands.report import report
 from latrace.tracer.commands.run import run
+from latrace.tracer.commands.spikes import spikes
 from latrace.tracer.commands.tcp import tcp
 from latrace.tracer.commands.trigger import trigger
 from latrace.tracer.commands.watch import watch
@@ -67,7 +68,7 @@ def latrace(
         raise typer.Exit(_EXIT_USAGE)
 
 
-for _command in (attach, run, watch, trigger, tcp, flame, report, diff, doctor, demo):
+for _command in (attach, run, watch, trigger, spikes, tcp, flame, report, diff, doctor, demo):
     app.command(
         # The traced program's own options are its own, with or without a -- before it.
         context_settings={"allow_interspersed_args": False} if _command is run else None

@@ -89,6 +89,14 @@ Quantile = Annotated[
 Above = Annotated[
     str | None, typer.Option("--above", metavar="TIME", help="Fire when that is above this.")
 ]
+Pprof = Annotated[
+    str | None,
+    typer.Option(
+        "--pprof",
+        metavar="URL",
+        help="Lay the profiles of a Go service into the bundle: http://127.0.0.1:6060.",
+    ),
+]
 Span = Annotated[
     str, typer.Option("--window", metavar="TIME", help="Over how long percentiles are taken.")
 ]
@@ -151,6 +159,7 @@ def watch(
     metric: Metric = None,
     quantile: Quantile = 0.99,
     above: Above = None,
+    pprof: Pprof = None,
     window: Span = "5s",
     min_count: MinCount = 100,
     before: Before = "10s",
@@ -187,6 +196,7 @@ def watch(
     """
     status = Status(quiet=quiet, verbose=verbose)
     # Late: the rules need numpy, and --help does not.
+    from latrace.tracer.watch.pprof import parse_pprof_url  # noqa: PLC0415
     from latrace.tracer.watch.rules import DEFAULT_RATIO, make_rules  # noqa: PLC0415
     from latrace.tracer.watch.settings import Settings  # noqa: PLC0415
 
@@ -220,6 +230,7 @@ def watch(
         settings=settings,
         rules=rules,
         application=application,
+        pprof=None if pprof is None else parse_pprof_url(pprof),
         output=output,
         keep=keep,
         disk_bytes=parse_size(disk, option="--disk"),

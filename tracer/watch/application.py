@@ -7,8 +7,8 @@ from typing import Final
 
 from latrace.analysis.words import duration
 
-from .fetch import Url
-from .metrics import AppLatency, Metrics, MetricSpec
+from .metrics import AppLatency, Metrics
+from .plan import ApplicationRule
 from .triggers import Firing, Histograms
 
 _SECONDS: Final = {
@@ -19,7 +19,7 @@ _SECONDS: Final = {
 
 
 class ApplicationLatency:
-    """Fires when the quantile of the metric over the window is above `above_ns`.
+    """Fires when the quantile of the metric over the window is above the limit.
 
     `say` gets a line when the endpoint stops giving what is asked for, and when it does again.
     Raises what `Metrics` does.
@@ -27,25 +27,23 @@ class ApplicationLatency:
 
     def __init__(
         self,
-        url: Url,
-        spec: MetricSpec,
+        wanted: ApplicationRule,
         pid: int,
         *,
-        above_ns: int,
         window_s: float,
-        least: int,
         say: Callable[[str], None],
     ) -> None:
+        spec = wanted.spec
         self.rule = f"--metric {spec} P{spec.quantile * 100:g}"
         self._spec = spec
         self._window_s = window_s
-        self._above_s = above_ns / 1e9
-        self._least = least
+        self._above_s = wanted.above_ns / 1e9
+        self._least = wanted.least
         self._say = say
         self._unit_s = next(
             (unit for end, unit in _SECONDS.items() if spec.name.endswith(end)), 1.0
         )
-        self._metrics = Metrics(url, spec, pid, window_s=window_s)
+        self._metrics = Metrics(wanted.url, spec, pid, window_s=window_s)
         self._trouble: str | None = None
         self._value_s: float | None = None
 

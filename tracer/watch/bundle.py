@@ -94,6 +94,10 @@ class Bundle:
         if columns:
             self._writer.append(table, columns)
 
+    def write_file(self, name: str, data: bytes) -> None:
+        """Lay a file beside the tables."""
+        self.out.replace(name, data)
+
     def longest(self) -> Longest:
         """The longest waits of the rows written so far."""
         return self._waits.longest()

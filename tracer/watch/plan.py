@@ -33,6 +33,8 @@ class Plan:
     settings: Settings
     rules: Sequence[Rule]
     application: ApplicationRule | None
+    pprof: Url | None
+    """Where a Go service has its profiles."""
     output: Path
     keep: int
     disk_bytes: int

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 from latrace.tracer.commands.console import Status, write_out
 from latrace.tracer.commands.signals import StopOnSignals
 from latrace.tracer.doctor import explained, require_tracing
-from latrace.tracer.errors import LatraceError
+from latrace.tracer.errors import LatraceError, UsageError
 from latrace.tracer.options import Options
 from latrace.tracer.targets import Targets
 
@@ -23,6 +23,7 @@ from .control import ControlSocket
 from .explain import Explained, Explainer
 from .host import HostUsage
 from .plan import Plan
+from .pprof import Profiles
 from .triggers import Rule
 from .view import WatchView
 
@@ -82,9 +83,18 @@ def _watch(
             undo.callback(control.close)
         rules: list[Rule] = list(plan.rules)
         if plan.application is not None:
-            application = _application(plan, options, view)
+            application = ApplicationLatency(
+                plan.application,
+                _pid(options, "--metrics"),
+                window_s=settings.window_s,
+                say=view.say,
+            )
             undo.callback(application.close)
             rules.append(application)
+        profiles = None
+        if plan.pprof is not None:
+            profiles = Profiles(plan.pprof, _pid(options, "--pprof"))
+            undo.callback(profiles.close)
         with explained():
             from latrace.tracer.loader import Loading  # noqa: PLC0415 - errors come before it
 
@@ -100,6 +110,7 @@ def _watch(
                     command=sys.argv,
                     host=host,
                     control=control,
+                    profiles=profiles,
                     say=view.say,
                     on_bundle=service.wrote,
                     loading=loading,
@@ -152,22 +163,14 @@ class _Service:
             write_out(f"{_shown(explained_one.path)}\n")
 
 
-def _application(plan: Plan, options: Options, view: WatchView) -> ApplicationLatency:
-    wanted = plan.application
-    pid = next(iter(options.pids), None)
-    if wanted is None or pid is None:
-        raise LatraceError(
-            "whose network the metrics are in is not known", hint="name the process with --pid"
+def _pid(options: Options, option: str) -> int:
+    """Whose network an address is in: the first process named."""
+    if not options.pids:
+        raise UsageError(
+            f"{option} is asked in the network of a process, and none is named",
+            hint="name the process with --pid",
         )
-    return ApplicationLatency(
-        wanted.url,
-        wanted.spec,
-        pid,
-        above_ns=wanted.above_ns,
-        window_s=plan.settings.window_s,
-        least=wanted.least,
-        say=view.say,
-    )
+    return options.pids[0]
 
 
 def _control(description: str, view: WatchView) -> ControlSocket | None:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from latrace.analysis.words import duration, visible
 from latrace.tracer.cgroups import limited_since, limits
 from latrace.tracer.cost import steal_ns
 from latrace.tracer.errors import LatraceError
@@ -37,6 +38,7 @@ from .control import ControlSocket
 from .flight import FlightRecorder
 from .host import HostUsage
 from .marks import Mark
+from .pprof import Profiles
 from .settings import Settings
 from .triggers import Firing, Histograms, Longest, Retransmits, Rule
 
@@ -87,8 +89,8 @@ class _Backdrop:
 class Watch(Tracer):
     """Watches the targets of `options`; a context manager, as `Tracer` is.
 
-    `host` and `control` stay the caller's. `say` gets lines for people; `on_bundle` each bundle
-    when it is on disk.
+    `host`, `control` and `profiles` stay the caller's. `say` gets lines for people; `on_bundle`
+    each bundle when it is on disk.
     """
 
     def __init__(
@@ -101,6 +103,7 @@ class Watch(Tracer):
         command: list[str],
         host: HostUsage,
         control: ControlSocket | None,
+        profiles: Profiles | None,
         say: Callable[[str], None],
         on_bundle: Callable[[Written], None],
         loading: Loading | None = None,
@@ -111,6 +114,7 @@ class Watch(Tracer):
         self._bundles = bundles
         self._host = host
         self._control = control
+        self._profiles = profiles
         self._say = say
         self._on_bundle = on_bundle
         self._flight = FlightRecorder()
@@ -323,6 +327,8 @@ class Watch(Tracer):
         self._firings, self._fired_ns, self._end = firings, now_ns, None
         self._armed_ns = now_ns + int(self._settings.cooldown_s * 1e9)
         self._host.snapshot(now=True)
+        if self._profiles is not None:
+            self._profiles.start(self._settings.after_s)
         self._say(f"fired: {headline(firings)}")
         start = self._marks[0]
         self._connections.begin_at(self._backdrops[0].connections)
@@ -345,6 +351,7 @@ class Watch(Tracer):
     def _go_on(self, bundle: Bundle) -> None:
         """Write what has come, and close the bundle when it is time."""
         now_ns = time.monotonic_ns()
+        profiled = self._profiles is None or self._profiles.poll()
         try:
             if self._end is None:
                 if now_ns >= self._fired_ns + int(self._settings.after_s * 1e9):
@@ -358,7 +365,8 @@ class Watch(Tracer):
             late_s = (now_ns - self._end.at_ns) / 1e9
             if late_s < _STACKS_FOLLOW_S:
                 return
-            if self._recorder.all_named or late_s > _NAMES_FOLLOW_S:
+            # The profiles end on their own, at their deadlines.
+            if profiled and (self._recorder.all_named or late_s > _NAMES_FOLLOW_S):
                 self._recorder.flush(now_ns)
                 self._close(bundle, self._end)
         except LatraceError as error:
@@ -420,7 +428,7 @@ class Watch(Tracer):
                 ],
                 "overhead": marks.grown_overhead(start, end),
             },
-            self._spike(bundle, end, notes),
+            {**self._spike(bundle, end, notes), "profiles": self._write_profiles(bundle)},
         )
         self._bundle = None
         self.state = State.COOLDOWN
@@ -443,10 +451,20 @@ class Watch(Tracer):
             "triggers": [firing.document() for firing in self._firings],
             "settings": settings,
             "host": self._host.between(bundle.start.at_ns, end.at_ns),
-            "profiles": None,
             "notes": notes,
             "analysis": None,
         }
+
+    def _write_profiles(self, bundle: Bundle) -> dict[str, Any] | None:
+        """Lay the application's profiles into the bundle; returns what spike.json says of them."""
+        if self._profiles is None:
+            return None
+        files, errors = self._profiles.take()
+        for name, data in files.items():
+            bundle.write_file(name, data)
+        for error in errors:
+            self._say(f"!!! {visible(error)}")
+        return {"url": str(self._profiles.url), "files": sorted(files), "errors": errors}
 
     def _give_up(self, error: LatraceError) -> None:
         """A bundle could not be written: say so, and go on."""
@@ -487,8 +505,6 @@ class Watch(Tracer):
 
 def headline(firings: Sequence[Firing]) -> str:
     """Why a watch fired, in a line."""
-    from latrace.analysis.words import duration, visible  # noqa: PLC0415 - only when it fires
-
     first = firings[0]
     more = f" (and {len(firings) - 1} more)" if len(firings) > 1 else ""
     if first.kind == "manual":
