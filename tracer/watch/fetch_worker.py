@@ -120,11 +120,13 @@ class _Socket(socket.socket):
 
     deadline_s = 0.0
     left = 0
+    received = 0
 
     def recv_into(self, *args: Any) -> int:
         self.settimeout(_left_s(self.deadline_s))
         count = super().recv_into(*args)
         self.left -= count
+        self.received += count
         if self.left < 0:
             raise _TooMuch
         return count
@@ -164,7 +166,7 @@ def get(request: dict[str, Any], deadline_s: float) -> tuple[bytes, str]:
     most, connection = int(request["max_bytes"]), None
     try:
         connection = _connect(request["host"], request["port"], deadline_s)
-        # Chunks have heads; one that sends a byte in each means no good.
+        # Chunks have heads.
         connection.left = most + most // 4 + MAX_HEADERS
         return _get(connection, request, most)
     except socket.gaierror as error:
@@ -216,17 +218,20 @@ def _get(connection: _Socket, request: dict[str, Any], most: int) -> tuple[bytes
             raise FetchError(f"answers in {_short(encoding)}, which was not asked for")
         if response.length is not None and response.length > most:
             raise FetchError(_too_much(most))
-        return _body(response, most), response.headers.get("Content-Type", "")
+        return _body(connection, response, most), response.headers.get("Content-Type", "")
     finally:
         response.close()
 
 
-def _body(response: http.client.HTTPResponse, most: int) -> bytes:
+def _body(connection: _Socket, response: http.client.HTTPResponse, most: int) -> bytes:
     body = io.BytesIO()
     while piece := response.read(READ_AT_ONCE):
         if body.tell() + len(piece) > most:
             raise _TooMuch
         body.write(piece)
+        # Chunks of a byte each would take all the CPU time that we may use.
+        if connection.received - body.tell() > MAX_HEADERS + body.tell() // 4:
+            raise FetchError("answers in too small pieces")
     if response.length:  # http.client does not say so when it reads in pieces
         raise http.client.IncompleteRead(b"")
     return body.getvalue()
