@@ -1,6 +1,6 @@
 """A server that lies: `liar.py` prints the port it listens on, at 127.0.0.1, and serves for ever.
 
-The path chooses how an answer goes wrong; what is asked for is printed, a path a line.
+The path's first part chooses how an answer goes wrong; what is asked for is printed, one a line.
 """
 
 import gzip
@@ -68,7 +68,7 @@ CHANGED: list[str] = []
 def serve(connection: socket.socket) -> None:
     with connection:
         try:
-            asked = connection.recv(65536).split(b" ")[1].decode().split("?")[0]
+            asked = "/" + connection.recv(65536).split(b" ")[1].decode().split("/")[1]
             print(asked, flush=True)
             if asked in STREAMS:
                 first, then, pause_s = STREAMS[asked]
