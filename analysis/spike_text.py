@@ -26,6 +26,7 @@ _LONGEST_NAME: Final = 48
 _LONGEST_REASON: Final = 160
 _TOLD = 2  # of what grew, beside the reason
 _NOTABLE_NS_PER_S = 10_000_000
+_NEARLY = 0.9
 _NOTES = 5
 
 _CALLS: Final = {
@@ -79,9 +80,11 @@ def cause_words(analysis: Analysis) -> str:
     """
     cause, share, name = analysis["cause"], analysis["share"], _name(analysis["name"])
     if cause in SHORT:
-        who = ""
-        if analysis["culprit"]:
-            who = f": {_culprit(analysis['culprit'])}"
+        who, culprit = "", analysis["culprit"]
+        if culprit:
+            # Most of what they had, or only more than the others.
+            most = ":" if culprit["share"] >= _NEARLY * share else ", most of all"
+            who = f"{most} {_culprit(culprit)}"
         elif analysis["quota"]:
             who = f": {_name(analysis['quota'].get('cgroup', ''))}"
         return f"{percent(share, 1)} {SHORT[cause]}{who}"
@@ -319,10 +322,14 @@ def _before(analysis: Analysis) -> str:
 
 def _how_sure(analysis: Analysis, spike: Spike) -> Iterator[str]:
     if analysis["bursts"] > 1:
-        yield (
-            f"There were {analysis['bursts']:,} bursts over the limit; this is of "
-            + ("all of them." if analysis["all_bursts"] else "the worst.")
-        )
+        many, every = analysis["bursts"], "all of them"
+        which = every if analysis["all_bursts"] else "the one that made it fire"
+        text = f"There were {many:,} bursts over the limit; this is of {which}"
+        later = analysis["later"]
+        if later:
+            at = clock(spike.realtime_ns(later["start_ns"]))
+            text += f"; a worse one came later, at {at}"
+        yield f"{text}."
     if len(spike.triggers) > 1:
         rules = "; ".join(
             f"{_rule(one)}: {fired(one, one.value)}".rstrip(": ") for one in spike.triggers[1:4]

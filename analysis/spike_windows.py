@@ -11,9 +11,10 @@ that is over the limit:
   that are usual.
 - It lasts from when its first slow wait began to when its last one ended. Of a sleep call that is
   from its deadline on.
-- Of several bursts that ended after the rule began to look, the one with most slow time is the
-  spike, if it has a third of the slow time of all. Otherwise no one stands out: the spike lasts
-  from the first to the last.
+- Of several bursts that ended after the rule began to look and began before it fired, the one with
+  most slow time is the spike, if it has a third of the slow time of them all. Otherwise no one
+  stands out: the spike lasts from the first to the last that is there. What came later did not make
+  the rule fire, but is told of where it was worse.
 
 Lost TCP segments make bursts in the same way, each loss from when something was missing to the
 last retransmit, or to the end of the last wait that it lengthened. What a metric or a person fired
@@ -99,6 +100,8 @@ class Windows:
     """How many bursts ended since the rule began to look; 0: the rule's own window was taken."""
     all_bursts: bool = False
     """Whether the spike is all of these, as no one of several stands out."""
+    later: Window | None = None
+    """A burst that came after the rule had fired, and was worse."""
     ongoing: bool = False
     """Whether it was not over when the bundle ended."""
 
@@ -137,8 +140,10 @@ def find_windows(capture: Capture, spike: Spike) -> Windows:
         window = _own_window(spike, trigger)
         baseline, why = _baseline(capture, spike, window.start_ns)
         return Windows(spike=window, baseline=baseline, no_baseline=why, over_ns=over)
-    most = max(chosen, key=lambda burst: burst.slow_ns)
-    series = most.slow_ns < _STANDS_OUT * sum(burst.slow_ns for burst in chosen)
+    made = [burst for burst in chosen if burst.begin_ns <= trigger.until_ns] or chosen
+    most = max(made, key=lambda burst: burst.slow_ns)
+    worst = max(chosen, key=lambda burst: burst.slow_ns)
+    series = most.slow_ns < _STANDS_OUT * sum(burst.slow_ns for burst in made)
     if series:
         most = _Burst(
             min(burst.begin_ns for burst in chosen),
@@ -155,6 +160,9 @@ def find_windows(capture: Capture, spike: Spike) -> Windows:
         if burst.end_ns < begin and burst.slow_ns >= _NOTABLE * most.slow_ns
     ]
     baseline, why = _baseline(capture, spike, min([begin, *before]))
+    if before and min(before) - spike.start_ns < LEAST_BASELINE_NS:
+        why = "another spike was there when the recording begins"
+    later = Window(worst.begin_ns, worst.end_ns + 1) if worst.begin_ns > most.end_ns else None
     return Windows(
         spike=window,
         baseline=baseline,
@@ -163,6 +171,7 @@ def find_windows(capture: Capture, spike: Spike) -> Windows:
         slow=most.slow,
         bursts=len(chosen),
         all_bursts=series,
+        later=later,
         ongoing=most.end_ns >= spike.end_ns - QUIET_NS,
     )
 

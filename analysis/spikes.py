@@ -110,6 +110,7 @@ def analyse(capture: Capture, spike: Spike) -> dict[str, Any]:
         "slow": windows.slow,
         "bursts": windows.bursts,
         "all_bursts": windows.all_bursts,
+        "later": None if windows.later is None else _window(windows.later),
         "ongoing": windows.ongoing,
         **_worst(trigger, windows, parts[0], thinned=_thinned(quality)),
         **reason,

@@ -107,7 +107,7 @@ def test_other_bursts_and_triggers_are_told(tmp_path: Path) -> None:
                     unit="segments")  # fmt: skip
     analysis, _ = told(tmp_path / "b", rows, trigger(), other, complete=False)
     text = " ".join(analysis["sentences"])
-    assert "2 bursts over the limit; this is of the worst" in text
+    assert "2 bursts over the limit; this is of the one that made it fire" in text
     assert "Fired as well: --retransmits 3: 7 segments (limit 3 segments)." in text
     assert "was cut off" in text
 

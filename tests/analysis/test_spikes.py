@@ -98,6 +98,21 @@ def test_of_several_bursts_the_worst(tmp_path: Path) -> None:
     assert windows.baseline.end_ns == windows.spike.start_ns  # a tenth of it: no other spike
 
 
+def test_a_worse_burst_after_it_fired_is_told_but_is_not_the_spike(tmp_path: Path) -> None:
+    rows = Rows()
+    rows.steady(0, SPAN_NS)
+    hog(rows, 8 * S, 8 * S + 96 * MS)
+    hog(rows, 11 * S, 11 * S + 480 * MS)
+    analysis = analysis_of(tmp_path / "b", rows)
+    assert analysis["spike"] == {
+        "start_ns": START_NS + 8 * S,
+        "end_ns": START_NS + 8 * S + 96 * MS + 1,
+    }
+    assert analysis["later"]["start_ns"] == START_NS + 11 * S
+    assert not analysis["ongoing"]
+    assert "a worse one came later, at 11:32:07 UTC" in " ".join(analysis["sentences"])
+
+
 def test_of_many_like_bursts_all(tmp_path: Path) -> None:
     rows = Rows()
     rows.steady(0, SPAN_NS)
@@ -291,6 +306,16 @@ def test_late_sleep_calls_by_what_had_the_cpu(tmp_path: Path) -> None:
     assert analysis["late"]["count"] == 8
     assert analysis["late"]["total_ns"] == 8 * 25 * MS == sum(analysis["parts_ns"].values())
     assert analysis["worst_ns"] == 25 * MS
+
+
+def test_an_earlier_spike_from_the_beginning(tmp_path: Path) -> None:
+    rows = Rows()
+    hog(rows, 0, 300 * MS)
+    rows.steady(300 * MS, SPAN_NS)
+    hog(rows, 8 * S, 8 * S + 300 * MS)
+    windows = windows_of(tmp_path / "b", rows)
+    assert windows.baseline is None
+    assert windows.no_baseline == "another spike was there when the recording begins"
 
 
 def test_late_sleep_calls_by_the_timer(tmp_path: Path) -> None:
