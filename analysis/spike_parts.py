@@ -38,6 +38,7 @@ LATE_NS: Final = 1_000_000
 _LISTED = 10
 _LEAST_NS_PER_S = 1_000_000  # 0.1 % of a thread's time: less is no reason for anything
 _LEAST_GROWTH = 1.2
+_LEAST_SAMPLES = 5
 _STACKS = 2000  # of one stretch that are looked at
 
 
@@ -68,6 +69,8 @@ class Timeline:
     blocked: dict[str, _Blocked] = field(default_factory=dict)
     """By system call; "": in none."""
     on_cpu_ns: int = 0
+    samples: int = 0
+    """How many that is made of."""
     on_cpu_stacks: dict[int, int] = field(default_factory=dict)
 
 
@@ -92,6 +95,7 @@ def read_timelines(capture: Capture, windows: Sequence[Window]) -> list[Timeline
         for window, timeline in zip(windows, found, strict=True):
             some = (at >= window.start_ns) & (at < window.end_ns)
             timeline.on_cpu_ns += int(weight[some].sum())
+            timeline.samples += int(some.sum())
             _add_by(timeline.on_cpu_stacks, stack[some], weight[some])
     return found
 
@@ -148,7 +152,8 @@ def describe(
     """Sum up a stretch: `parts.spike` and `parts.baseline` of the analysis, times in ns.
 
     `summary`: what `summarise` says of it; `calls`: the sleep calls in it that were later than
-    `late_ns`. `per_s` holds what compares between stretches of different length.
+    `late_ns`. `per_s` holds what compares between stretches of different length; `on_cpu_ns` there
+    is None where the stretch is too short for its samples.
     """
     waits, lost = summary["waits"], summary["retransmits"]
     seconds = max(window.seconds, 1e-9)
@@ -169,7 +174,7 @@ def describe(
                     timeline.blocked.items(), key=lambda item: (-item[1].ns, item[0])
                 )[:_LISTED]
             },
-            "on_cpu_ns": timeline.on_cpu_ns / seconds,
+            "on_cpu_ns": timeline.on_cpu_ns / seconds if _sampled(window, timeline) else None,
             "segments": lost["segs"] / seconds,
             "lengthened_ns": lost["lengthened_ns"] / seconds,
             "sleeps_late": sum(late.values()) / seconds,
@@ -190,6 +195,11 @@ def describe(
         }
         | {"lengthened_ns": lost["lengthened_ns"], "by_peer": lost["by_peer"][:_LISTED]},
     }
+
+
+def _sampled(window: Window, timeline: Timeline) -> bool:
+    """Whether the time on the CPU is known: a short stretch may lie between two samples."""
+    return timeline.samples >= _LEAST_SAMPLES or window.seconds >= 1
 
 
 # --- what grew ---------------------------------------------------------------------------------
@@ -220,7 +230,9 @@ def grown(
         was = then[call].ns / before_s if call in then else 0.0
         pairs.append(("blocked", call, entry.ns / seconds, was))
     for what, key in (("on_cpu", "on_cpu_ns"), ("lost", "lengthened_ns")):
-        pairs.append((what, "", spike["per_s"][key], baseline["per_s"][key] if baseline else 0.0))
+        now, was = spike["per_s"][key], baseline["per_s"][key] if baseline else 0.0
+        if now is not None and was is not None:
+            pairs.append((what, "", now, was))
     listed = [
         {"what": what, "name": name, "ns_per_s": now, "before_ns_per_s": was}
         for what, name, now, was in pairs

@@ -403,7 +403,7 @@ def compared(spike: Line, before: Line | None) -> list[tuple[str, str, str]]:
             add(f"blocked in {name}, per second", duration, blocked[call])
     for name, key, say in _OTHERS:
         values = [part["per_s"][key] for part in parts]
-        if any(values):
+        if any(values) and None not in values:
             add(name, say, values)
     return rows
 

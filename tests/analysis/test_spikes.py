@@ -408,6 +408,18 @@ def test_work_on_the_cpu_that_a_metric_told_of(tmp_path: Path) -> None:
     assert analysis["parts"]["spike"]["per_s"]["on_cpu_ns"] == pytest.approx(S, rel=0.01)
 
 
+def test_a_spike_between_two_samples_tells_nothing_of_the_cpu(tmp_path: Path) -> None:
+    rows = neighbour()
+    rows.samples = [
+        {"ts_ns": START_NS + at, "tid": TGID, "tgid": TGID, "cpu": 0, "stack": -1,
+         "weight_ns": 50 * MS}
+        for at in range(0, SPAN_NS, 500 * MS)
+    ]  # fmt: skip
+    parts = analysis_of(tmp_path / "b", rows)["parts"]
+    assert parts["spike"]["per_s"]["on_cpu_ns"] is None
+    assert parts["baseline"]["per_s"]["on_cpu_ns"] == pytest.approx(100 * MS)
+
+
 def test_nothing_that_is_recorded_grew(tmp_path: Path) -> None:
     rows = Rows()
     rows.steady(0, SPAN_NS)
