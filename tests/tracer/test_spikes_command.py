@@ -116,6 +116,12 @@ def test_no_such_directory(tmp_path: Path, name: str) -> None:
     assert "latrace spikes DIR" in caught.value.hint
 
 
+def test_a_bundle_is_no_directory_of_bundles(folder: Path) -> None:
+    with pytest.raises(LatraceError) as caught:
+        command(str(folder / FIRST))
+    assert f"report -i {folder / FIRST}" in caught.value.hint
+
+
 def hostile_documents() -> list[Any]:
     told = document(trigger(rule=HOSTILE, unit=HOSTILE), trigger(), name=HOSTILE)
     whole = {"cause": HOSTILE, "name": HOSTILE, "culprit": {"comm": HOSTILE}, "value": 5}

@@ -66,6 +66,11 @@ def spikes(*, folder: Folder = Path(DEFAULT_NAME), as_json: Json = False) -> Non
     if as_json:
         write_out(json.dumps([_object(one) for one in found], indent=2, ensure_ascii=True) + "\n")
         return
+    if not found and (folder / _MANIFEST).exists():
+        raise LatraceError(
+            f"{visible(str(folder))} is a capture, not a directory of bundles",
+            hint=f"{program()} report -i {shlex.quote(visible(str(folder)))}",
+        )
     if not found:
         write_out(f"No bundles in {visible(str(folder))} yet\n")
         return
