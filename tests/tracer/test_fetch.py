@@ -6,11 +6,14 @@ import os
 import select
 import signal
 import socket
+import socketserver
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import pytest
@@ -237,6 +240,56 @@ def test_proxies_of_the_environment_are_not_asked(
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:1/")
     with Fetcher(os.getpid()) as fetcher:
         assert get(fetcher, liar.at("/good")).error is None
+
+
+class _Keeps(socketserver.ThreadingMixIn, socketserver.TCPServer):
+    """Keeps connections, but hangs up after the third answer without having said so."""
+
+    daemon_threads = True
+    connections = 0
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: _Keeps
+    answers = 0
+
+    def setup(self) -> None:
+        super().setup()
+        self.server.connections += 1
+
+    def do_GET(self) -> None:
+        self.answers += 1
+        page = b't_bucket{le="1"} 1\nt_bucket{le="+Inf"} %d\n' % self.answers
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(page)))
+        self.end_headers()
+        self.wfile.write(page)
+        self.close_connection = self.answers == 3
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_a_connection_is_kept_for_what_is_read_again_and_again() -> None:
+    with _Keeps(("127.0.0.1", 0), _Handler) as server, Fetcher(os.getpid()) as fetcher:
+        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+        thread.start()
+        url = Url("127.0.0.1", server.server_address[1], "/")
+        metric = {"name": "t", "labels": {}, "quantile": 0.5}
+        counts = []
+        for _ in range(9):
+            fetch = fetcher.submit(url, timeout_s=20, max_bytes=ROOM, metric=metric)
+            finish(fetcher, fetch)
+            assert fetch.error is None and fetch.reading is not None
+            counts.append(fetch.reading["counts"][1])
+            time.sleep(0.02)  # so that the end of the connection has come
+        assert counts == [1, 2, 3] * 3
+        assert server.connections == 3
+        get(fetcher, url)  # what is fetched once keeps to itself
+        assert server.connections == 4
+        server.shutdown()
+        thread.join()
 
 
 # --- the child ---------------------------------------------------------------------------------

@@ -38,6 +38,7 @@ NICENESS: Final = 10
 """The targets should not wait for us."""
 STACK: Final = 512 << 10
 MAX_PENDING: Final = 64
+MAX_KEPT: Final = 8
 MAX_HEADERS: Final = 256 << 10
 READ_AT_ONCE: Final = 64 << 10
 ERROR_BODY: Final = 4096
@@ -111,6 +112,10 @@ class FetchError(Exception):
     """What went wrong, in words that go behind the address."""
 
 
+class _Unheard(TimeoutError):
+    """The connection was not taken in time."""
+
+
 class _TooMuch(Exception):
     """More bytes came than may."""
 
@@ -121,6 +126,11 @@ class _Socket(socket.socket):
     deadline_s = 0.0
     left = 0
     received = 0
+
+    def arm(self, deadline_s: float, most: int) -> None:
+        """Begin an exchange that ends then, or after so many bytes."""
+        self.deadline_s, self.left, self.received = deadline_s, most, 0
+        self.settimeout(_left_s(deadline_s))  # for sending
 
     def recv_into(self, *args: Any) -> int:
         self.settimeout(_left_s(self.deadline_s))
@@ -156,28 +166,32 @@ def _connect(host: str, port: int, deadline_s: float) -> _Socket:
             connection.close()
             raise
         else:
-            connection.deadline_s = deadline_s
             return connection
+    if isinstance(failed, TimeoutError):
+        raise _Unheard from failed
     raise failed or OSError("no address")
 
 
-def get(request: dict[str, Any], deadline_s: float) -> tuple[bytes, str]:
-    """One answer's body and content type. Raises FetchError."""
-    most, connection = int(request["max_bytes"]), None
+def get(
+    request: dict[str, Any], deadline_s: float, kept: dict[tuple[str, int], _Socket]
+) -> tuple[bytes, str]:
+    """One answer's body and content type. Raises FetchError.
+
+    `kept`: connections that stand from the last time, for requests that come again and again: the
+    target has less to do, and a capture of it does not fill with connections that are ours.
+    """
     try:
-        connection = _connect(request["host"], request["port"], deadline_s)
-        # Chunks have heads.
-        connection.left = most + most // 4 + MAX_HEADERS
-        return _get(connection, request, most)
+        return _exchange(request, deadline_s, kept)
     except socket.gaierror as error:
         raise FetchError(f"the host's name is not known here: {error.strerror}") from error
     except TimeoutError as error:
-        what = "does not take the connection" if connection is None else "does not end its answer"
+        unheard = isinstance(error, _Unheard)
+        what = "does not take the connection" if unheard else "does not end its answer"
         raise FetchError(f"{what} within {request['timeout_s']:g} s") from error
     except ConnectionRefusedError as error:
         raise FetchError("refuses the connection: nobody listens there") from error
     except _TooMuch as error:
-        raise FetchError(_too_much(most)) from error
+        raise FetchError(_too_much(request["max_bytes"])) from error
     except http.client.IncompleteRead as error:
         raise FetchError("hung up in the middle of its answer") from error
     except http.client.RemoteDisconnected as error:
@@ -188,24 +202,51 @@ def get(request: dict[str, Any], deadline_s: float) -> tuple[bytes, str]:
         raise FetchError("does not speak HTTP there") from error
     except OSError as error:
         raise FetchError(f"cannot be reached: {error.strerror or error}") from error
+
+
+def _exchange(
+    request: dict[str, Any], deadline_s: float, kept: dict[tuple[str, int], _Socket]
+) -> tuple[bytes, str]:
+    """Ask over a connection that stands, or over a new one."""
+    where = (request["host"], request["port"])
+    connection = kept.pop(where, None) if request["metric"] else None
+    if connection is not None:
+        try:
+            return _get(connection, request, deadline_s, kept)
+        except ConnectionError:
+            if connection.received:
+                raise
+            # Nobody answers there any more; that says nothing of a new connection.
+        finally:
+            if kept.get(where) is not connection:
+                connection.close()
+    connection = _connect(*where, deadline_s)
+    try:
+        return _get(connection, request, deadline_s, kept)
     finally:
-        if connection is not None:
+        if kept.get(where) is not connection:
             connection.close()
 
 
-def _get(connection: _Socket, request: dict[str, Any], most: int) -> tuple[bytes, str]:
-    host, port = request["host"], request["port"]
-    accept = ACCEPT if request["metric"] else "*/*"
-    client = http.client.HTTPConnection(host, port)
+def _get(
+    connection: _Socket,
+    request: dict[str, Any],
+    deadline_s: float,
+    kept: dict[tuple[str, int], _Socket],
+) -> tuple[bytes, str]:
+    most, where = int(request["max_bytes"]), (request["host"], request["port"])
+    # Chunks have heads.
+    connection.arm(deadline_s, most + most // 4 + MAX_HEADERS)
+    client = http.client.HTTPConnection(*where)
     client.sock = connection
     client.auto_open = 0  # what it would connect on its own knows no deadline
     client.request(
         "GET",
         request["target"],
         headers={
-            "Accept": accept,
+            "Accept": ACCEPT if request["metric"] else "*/*",
             "Accept-Encoding": "identity",
-            "Connection": "close",
+            "Connection": "keep-alive" if request["metric"] else "close",
             "User-Agent": "latrace",
         },
     )
@@ -218,7 +259,10 @@ def _get(connection: _Socket, request: dict[str, Any], most: int) -> tuple[bytes
             raise FetchError(f"answers in {_short(encoding)}, which was not asked for")
         if response.length is not None and response.length > most:
             raise FetchError(_too_much(most))
-        return _body(connection, response, most), response.headers.get("Content-Type", "")
+        body = _body(connection, response, most)
+        if request["metric"] and not response.will_close and len(kept) < MAX_KEPT:
+            kept[where] = connection
+        return body, response.headers.get("Content-Type", "")
     finally:
         response.close()
 
@@ -268,6 +312,7 @@ class _Server:
         self._sending = threading.Lock()
         self._jobs: queue.SimpleQueue[tuple[int, dict[str, Any], float]] = queue.SimpleQueue()
         self._readers: dict[str, Reader] = {}
+        self._kept: dict[tuple[str, int], _Socket] = {}
         self._threads = 0
 
     def start(self, workers: int) -> None:
@@ -325,7 +370,7 @@ class _Server:
 
     def _serve(self, request: dict[str, Any], deadline_s: float) -> tuple[dict[str, Any], bytes]:
         try:
-            body, content_type = get(request, deadline_s)
+            body, content_type = get(request, deadline_s, self._kept)
             if request["metric"] is None:
                 return {"content_type": content_type[:MAX_WORDS]}, body
             return {"reading": self._reader(request["metric"]).read(body, content_type)}, b""
@@ -358,10 +403,10 @@ def rehearse() -> None:
     with ours, theirs:
         theirs.sendall(REHEARSAL)
         connection = _Socket(fileno=ours.detach())
-        connection.deadline_s, connection.left = time.monotonic() + 60, 1 << 20
-        request = {"host": "localhost", "port": 80, "target": "/", "metric": {}, "timeout_s": 1}
+        request = {"host": "localhost", "port": 80, "target": "/", "metric": {}}
+        request["max_bytes"] = 1 << 20
         with connection:
-            body, content_type = _get(connection, request, 1 << 20)
+            body, content_type = _get(connection, request, time.monotonic() + 60, {})
     for kind in (content_type, "application/openmetrics-text"):
         with suppress(ExpositionError):
             Reader("a", {}, 0.5).read(body + b"EOF\n", kind)

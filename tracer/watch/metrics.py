@@ -263,7 +263,6 @@ class Metrics:
         self._longest_s = max(window_s / 2, self._every_s)
         self._due_s = 0.0
         self._asked_s = 0.0
-        self._cpu_before_s = 0.0
         self._shown = words.fit(str(url), 100)
         self._fetch: Fetch | None = None
         self._bounds: tuple[float, ...] | None = None
@@ -301,7 +300,6 @@ class Metrics:
             self._due_s = (self._asked_s if news else now_s) + self._pause_s
         if self._fetch is None and now_s >= self._due_s:
             self._asked_s = now_s
-            self._cpu_before_s = self._fetcher.cpu_s()
             self._fetch = self._fetcher.submit(
                 self.url,
                 timeout_s=TIMEOUT_S,
@@ -326,11 +324,11 @@ class Metrics:
             reading = None
         if reading is None:
             self.trouble = f"{self._shown} {fetch.error}"
-            # A child that had to be ended does not tell what it used.
-            used_s = fetch.cpu_s or self._fetcher.cpu_s() - self._cpu_before_s
-            self._pause_s = max(
-                min(2 * self._pause_s, SLOWEST_S), min(used_s / MAX_SHARE, DEAREST_S)
-            )
+            if fetch.cpu_s:
+                costly_s = fetch.cpu_s / MAX_SHARE
+            else:  # the child died of it, or had to be ended: who knows what it used
+                costly_s = max(2 * self._pause_s, 2 * SLOWEST_S)
+            self._pause_s = max(min(2 * self._pause_s, SLOWEST_S), min(costly_s, DEAREST_S))
             return False
         changed = self._bounds is not None and reading.bounds != self._bounds
         self._bounds = reading.bounds
