@@ -23,6 +23,8 @@ MAX_NAME: Final = 200
 _RING: Final = 256  # runtime/mstats.go: MemStats.PauseNs
 _LIMIT: Final = 1 << 63
 
+_STACK: Final = 65536  # characters of one
+_OURS: Final = "\tnet/http/pprof."
 _STATS: Final = "\n# runtime.MemStats\n"
 _FIELD: Final = re.compile(r"^# ([A-Za-z]{1,30}) = ([^\n]{0,40})$", re.ASCII | re.MULTILINE)
 _TOTAL: Final = re.compile(r"goroutine profile: total ([0-9]{1,12})\n", re.ASCII)
@@ -132,7 +134,7 @@ class Goroutines:
 
     total: int
     largest: tuple[Group, ...]
-    """Of the groups the largest, at most `LARGEST`."""
+    """Of the groups the largest, at most `LARGEST`, without those that answer for these profiles."""
 
 
 def parse_goroutines(text: str) -> Goroutines:
@@ -148,16 +150,20 @@ def parse_goroutines(text: str) -> Goroutines:
         if len(groups) >= MAX_GROUPS:
             break
         groups.append((int(match[1]), match.end(), len(text)))
-    largest = heapq.nlargest(LARGEST, groups, key=lambda group: group[0])
+    # Who fetches profiles has some goroutines of its own in there, each of them alone.
+    some = heapq.nlargest(2 * LARGEST, groups, key=lambda group: group[0])
+    others = [each for each in some if _OURS not in text[each[1] : min(each[2], each[1] + _STACK)]]
     return Goroutines(
         total=int(total[1]),
-        largest=tuple(Group(count, _stack(text[begin:end])) for count, begin, end in largest),
+        largest=tuple(
+            Group(count, _stack(text[begin:end])) for count, begin, end in others[:LARGEST]
+        ),
     )
 
 
 def _stack(text: str) -> tuple[str, ...]:
     names = []
-    for match in _FRAME.finditer(text[:65536]):
+    for match in _FRAME.finditer(text[:_STACK]):
         names.append(_OFFSET.sub("", match[1])[:MAX_NAME])
         if len(names) == TOP:
             break
