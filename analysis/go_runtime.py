@@ -134,7 +134,7 @@ class Goroutines:
 
     total: int
     largest: tuple[Group, ...]
-    """Of the groups the largest, at most `LARGEST`, without those that answer for these profiles."""
+    """The largest groups, at most `LARGEST`, without those that answer for these profiles."""
 
 
 def parse_goroutines(text: str) -> Goroutines:
