@@ -208,6 +208,7 @@ def watch(
         cooldown_s=parse_span(cooldown, option="--cooldown", least_s=0),
         window_s=parse_span(window, option="--window"),
         memory_bytes=parse_size(memory, option="--memory"),
+        once=once,
     )
     rules = make_rules(
         percentiles={name: values or () for name, values in percentiles.items()},

@@ -19,8 +19,8 @@ from typing import Final
 
 from latrace.tracer.caller import calling_account, environment_of
 
-EXPLAIN_TIMEOUT_S: Final = 600.0
-"""It is nice to everybody else: beside a host that is busy it takes its time."""
+EXPLAIN_TIMEOUT_S: Final = 1800.0
+"""It only runs where nobody else wants to: on a busy host it takes its time."""
 _MOST_WORDS: Final = 2000
 
 
@@ -87,8 +87,9 @@ class Explainer:
             cwd="/",
             start_new_session=True,
         )
+        # Even a nice program keeps one that wakes up from its CPU for a slice; an idle one does not.
         with contextlib.suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, process.pid, 19)
+            os.sched_setscheduler(process.pid, os.SCHED_IDLE, os.sched_param(0))
         self._running = _Running(path, process, time.monotonic())
 
     @staticmethod
@@ -133,6 +134,9 @@ class Explainer:
     def finish(self, timeout_s: float) -> list[Explained]:
         """Wait for what is under way, at most so long; then end it."""
         done, deadline = [], time.monotonic() + timeout_s
+        if self._running is not None:  # somebody waits for it now
+            with contextlib.suppress(OSError):
+                os.sched_setscheduler(self._running.process.pid, os.SCHED_OTHER, os.sched_param(0))
         while not self.is_idle and time.monotonic() < deadline:
             done += self.poll()
             time.sleep(0.05)

@@ -5,6 +5,7 @@ The counters run from the first attach on. A bundle tells of its window alone: o
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -44,26 +45,26 @@ def take(
     slots: Mapping[int, int],
     threads: npt.NDArray[np.void],
     *,
-    at_ns: int,
     epoch: int,
     segs: Mapping[int, int],
     overhead: Mapping[str, Any],
 ) -> Mark:
     """Read the counters now. `slots`: histogram number → process."""
     numbers = [slot for slot in shared.used().tolist() if slot in slots]
+    # What is counted while we look is on this side of the mark or on the other: a few at most.
+    per_cpu, at_ns = shared.hist[numbers], time.monotonic_ns()
+    overshoots, counters = shared.overshoots.copy(), shared.counters()
     hist = np.zeros(len(numbers), HIST)
-    for entry, number in zip(hist, numbers, strict=True):
-        per_cpu = shared.hist[number]
-        for name in HIST.names or ():
-            add = np.max if name == "max_ns" else np.sum
-            entry[name] = add(per_cpu[name], axis=0)
+    for name in HIST.names or ():
+        add = np.max if name == "max_ns" else np.sum
+        hist[name] = add(per_cpu[name], axis=1)
     return Mark(
         at_ns=at_ns,
         epoch=epoch,
         hist=hist,
         tgids=tuple(slots[number] for number in numbers),
-        overshoots=shared.overshoots.copy(),
-        counters=shared.counters(),
+        overshoots=overshoots,
+        counters=counters,
         threads=threads,
         segs=segs,
         overhead=overhead,

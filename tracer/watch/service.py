@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -46,6 +47,7 @@ def run(
     """
     require_tracing()
     view = WatchView(status)
+    _keep_off_the_cpus_of(targets)
     with contextlib.ExitStack() as undo:
         bundles = Bundles(plan.output, keep=plan.keep, disk_bytes=plan.disk_bytes)
         undo.callback(bundles.close)
@@ -161,6 +163,16 @@ class _Service:
             write_out(json.dumps(_document(explained_one.path)) + "\n")
         else:
             write_out(f"{_shown(explained_one.path)}\n")
+
+
+def _keep_off_the_cpus_of(targets: Targets) -> None:
+    """Run elsewhere, with all children to come, if the targets leave us a CPU of our own."""
+    theirs: set[int] = set()
+    for task in targets.tasks:
+        with contextlib.suppress(OSError):  # it has just ended
+            theirs |= os.sched_getaffinity(task.tid)
+    if theirs and (others := os.sched_getaffinity(0) - theirs):
+        os.sched_setaffinity(0, others)
 
 
 def _pid(options: Options, option: str) -> int:

@@ -19,3 +19,5 @@ class Settings:
     """From one firing to the next."""
     memory_bytes: int = 256 << 20
     """For the rows that are kept."""
+    once: bool = False
+    """Never be armed again after the first bundle."""

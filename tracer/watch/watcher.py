@@ -220,7 +220,6 @@ class Watch(Tracer):
             self._shared,
             self._slots(),
             np.frombuffer(raw, THREAD),
-            at_ns=time.monotonic_ns(),
             epoch=self._flight.epoch,
             segs=self._namespaces.now(),
             overhead=self._cost.report(),
@@ -298,7 +297,7 @@ class Watch(Tracer):
         fired = [firing for rule in self._rules if (firing := rule.look(now_ns, counts))]
         if self.state == State.COOLDOWN:
             fired = []
-            if now_ns >= self._armed_ns:
+            if now_ns >= self._armed_ns and not (self._firings and self._settings.once):
                 self.state = State.ARMED
                 for rule in self._rules:
                     rule.rearm(now_ns, counts)
@@ -438,7 +437,7 @@ class Watch(Tracer):
     def _spike(self, bundle: Bundle, end: Mark, notes: list[str]) -> dict[str, Any]:
         """What spike.json says before it is explained."""
         settings = asdict(self._settings)
-        del settings["memory_bytes"]
+        del settings["memory_bytes"], settings["once"]
         offset_ns = self._start_realtime_ns - self._start_ns
         return {
             "schema": 1,
