@@ -35,10 +35,12 @@ _WAIT_PERIOD_NS, _BLOCKED_PERIOD_NS, _SLOW_BLOCKED_NS = 2_000_000, 20_000_000, 1
 _NEVER = 2**63 - 1
 _MAX_LEVEL = 30
 _RECENT_TICKS = 10
+_NOTES = 100
 
 _RESTING = {"lat_sched_exit": "stacks", "lat_back": "the very ends of sleep calls"}
 _BUSY_SWITCHES_PER_S = 150_000  # of each CPU
 _BUSY_WAITS_PER_S = 100_000  # of the targets
+_CPUS = os.cpu_count() or 1
 _BUSY_SHARE = 4
 
 
@@ -52,6 +54,8 @@ class Budget:
     degraded: list[dict[str, Any]] = field(default_factory=list)
     """What was given up and why: `at_ns` (CLOCK_MONOTONIC), `what`, `why`."""
     highest_slow_ns: int = 0
+    share: float = 1.0
+    """Of the rows, slices and stacks that there may be; whoever watches the cost lowers it."""
     _level: int = 0
     _last_s: float = 0.0
     _last_rows: int = 0
@@ -96,7 +100,9 @@ class Budget:
         self.highest_slow_ns = max(self.highest_slow_ns, slow_ns)
 
     def _refill(self, seconds: float) -> None:
-        self._tokens = max(4, round(self.options.stack_budget_per_s * min(seconds, 1.0)))
+        self._tokens = max(
+            4, round(self.share * self.options.stack_budget_per_s * min(seconds, 1.0))
+        )
         self.shared.control["tokens"] = self._tokens
 
     def step(self, ring_used: float) -> None:
@@ -132,7 +138,8 @@ class Budget:
         waited, self._last_waits = (waits - self._last_waits) / elapsed, waits
         resting = [what for name, what in _RESTING.items() if name in self.probes.programs]
         busy = bool(resting) and (
-            rate > _BUSY_SWITCHES_PER_S * (os.cpu_count() or 1) or waited > _BUSY_WAITS_PER_S
+            rate > self.share * _BUSY_SWITCHES_PER_S * _CPUS
+            or waited > self.share * _BUSY_WAITS_PER_S
         )
         self._resting_ticks = (self._resting_ticks + 1) % _BUSY_SHARE if busy else 0
         for name in _RESTING:
@@ -143,7 +150,7 @@ class Budget:
             self._refill(elapsed * (_BUSY_SHARE if busy else 1))
         if busy and not self._said_resting:
             self._said_resting = True
-            self._note(
+            self.note(
                 f"{' and '.join(resting)} are seen in a quarter of the time",
                 f"{rate:,.0f} switches and {waited:,.0f} waits of the targets a second",
             )
@@ -156,7 +163,7 @@ class Budget:
             control["slice_ns"] = threshold * 2
             if not self._said_slices:
                 self._said_slices = True
-                self._note(
+                self.note(
                     "who held up the shorter waits is not recorded (their causes are)",
                     "threads take turns too fast there for all of it",
                 )
@@ -166,7 +173,7 @@ class Budget:
 
     def _fill_slices(self, seconds: float) -> None:
         per_s = SLICES_PER_S * (10 if self.options.min_ns == 0 else 1)
-        self._slice_tokens = round(per_s * min(seconds, 1.0))
+        self._slice_tokens = round(self.share * per_s * min(seconds, 1.0))
         self.shared.control["slice_tokens"] = self._slice_tokens
 
     def _adapt_stacks(self) -> None:
@@ -179,32 +186,35 @@ class Budget:
     def _adapt_rows(self, rate: float, ring_used: float) -> None:
         threshold = int(self.shared.control["min_ns"][0])
         self._history = [*self._history[-_RECENT_TICKS:], self.shared.slot_counts()]
-        pressed = rate > ROWS_PER_S or ring_used > 0.5
-        self._calm_ticks = 0 if rate > ROWS_PER_S / 4 else self._calm_ticks + 1
+        most_per_s = self.share * ROWS_PER_S
+        pressed = rate > most_per_s or ring_used > 0.5
+        self._calm_ticks = 0 if rate > most_per_s / 4 else self._calm_ticks + 1
         if not pressed and not (threshold and self._calm_ticks >= _RECENT_TICKS):
             return
         recent = self._history[-1] - self._history[-2 if pressed else 0]
         over_s = TICK_S * (1 if pressed else len(self._history) - 1)
-        wanted = threshold_for(recent, ROWS_PER_S / 2 * over_s)
+        wanted = threshold_for(recent, most_per_s / 2 * over_s)
         if pressed and wanted <= threshold:
             wanted = max(threshold * 2, 1000)
         self.shared.control["min_ns"] = wanted
         self._calm_ticks = 0
         if pressed and not self._said_rows:
             self._said_rows = True
-            self._note(
+            self.note(
                 f"waits shorter than {_show(wanted)} get no row (adapting; counts stay exact)",
-                f"{rate:,.0f} waits/s is above the budget of {ROWS_PER_S:,} rows/s",
+                f"{rate:,.0f} waits/s is above the budget of {most_per_s:,.0f} rows/s",
             )
 
-    def _note(self, what: str, why: str) -> None:
+    def note(self, what: str, why: str) -> None:
+        """Keep what was given up, and why; of very many, the last ones."""
         self.degraded.append({"at_ns": time.monotonic_ns(), "what": what, "why": why})
+        del self.degraded[:-_NOTES]
 
     def note_loss(self, lost: int) -> None:
         """Say that the ring could not keep up, once."""
         if lost and not self._said_lost:
             self._said_lost = True
-            self._note("details of some waits are lost (counts stay exact)", "the ring was full")
+            self.note("details of some waits are lost (counts stay exact)", "the ring was full")
 
 
 def threshold_for(counts: npt.NDArray[np.uint64], rows: float) -> int:

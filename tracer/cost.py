@@ -45,6 +45,10 @@ class Cost:
         self._measured_s = 0.0
         self._runs = dict.fromkeys(programs, 0)
         self._ns = dict.fromkeys(programs, 0)
+        self.windows = 0
+        """How many measuring windows have been closed."""
+        self.window_percent = 0.0
+        """What the programs took in the last one, in percent of one CPU."""
         self._cpu_at_start_s = _cpu_s()
         self._started_s = time.monotonic()
         self._closed_s = float("inf")
@@ -77,9 +81,13 @@ class Cost:
         # One that the end of the trace cut short tells nothing: its few switches would be blown up
         # to all of them.
         if time.monotonic() - window.opened_s >= WINDOW_S:
+            spent_ns = 0
             for name, after in self._counters().items():
                 self._runs[name] += after.runs - window.before[name].runs
                 self._ns[name] += after.run_ns - window.before[name].run_ns
+                spent_ns += after.run_ns - window.before[name].run_ns
+            self.windows += 1
+            self.window_percent = spent_ns / 1e7 / (time.monotonic() - window.opened_s)
             self._switches_measured += context_switches() - window.switches
             self._measured_s += time.monotonic() - window.opened_s
         os.close(window.statistics)

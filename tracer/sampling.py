@@ -56,6 +56,8 @@ class Sampler:
         self._level = 0
         self._due_s = 0.0
         self._seen = 0
+        self.share = 1.0
+        """Of the samples that there may be; whoever watches the cost lowers it."""
         self.refused = ""
         self.lowest_hz = 0.0
         """The coarsest it has been; 0: it never sampled."""
@@ -81,9 +83,10 @@ class Sampler:
         samples = int(self._shared.cpus["samples"].sum())
         rate = (samples - self._seen) / (now - self._due_s + STEP_S)
         self._seen, self._due_s = samples, now + STEP_S
-        if rate > self._limit_per_s and self._level < _MAX_LEVEL:
+        limit_per_s = self.share * self._limit_per_s
+        if rate > limit_per_s and self._level < _MAX_LEVEL:
             self._set_level(self._level + 1)
-        elif self._level and rate < self._limit_per_s / 4:
+        elif self._level and rate < limit_per_s / 4:
             self._set_level(self._level - 1)
 
     def _set_level(self, level: int) -> None:

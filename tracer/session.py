@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 
 _FLUSH_S = 0.5
 _SLEEP_MIN_S, _SLEEP_MAX_S, _QUIET_SLEEP_S = 0.001, 0.1, 0.3
+"""Where there is nothing to do, and the last where nothing happens at all."""
 _SETTLE_S = 0.002  # programs that run on another CPU while we detach end within microseconds
 _LAST_SWITCH_S = 0.2
 _NAMED_PROCESSES = 100  # in the manifest: a fork bomb must not fill it
@@ -253,7 +254,7 @@ class Tracer:
             if stop.is_set() or now >= end_s or self._all_ended():
                 return
             # Aim at a ring an eighth full at each look: no wake-up per event, none in vain.
-            most_s = _QUIET_SLEEP_S if quiet else _SLEEP_MAX_S
+            most_s = _QUIET_SLEEP_S if quiet or self._budget.share < 1 else _SLEEP_MAX_S
             sleep_s = min(max(sleep_s * min(2.0, 0.125 / max(used, 1e-3)), _SLEEP_MIN_S), most_s)
             self._sleep(min(sleep_s, max(0.0, end_s - now)))
 

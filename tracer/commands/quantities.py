@@ -81,6 +81,19 @@ def parse_span(text: str, *, option: str, least_s: float = 0.1) -> float:
     return seconds
 
 
+def parse_percent(text: str, *, option: str) -> float:
+    """A share such as `2%` or `0.5`, in percent: above 0, at most 100. Raises `UsageError`."""
+    try:
+        percent = float(text.strip().removesuffix("%"))
+    except ValueError:
+        percent = 0.0
+    if not 0 < percent <= 100:
+        raise UsageError(
+            f"{option} {text!r} is not a share of a CPU", hint=f"write for example {option} 2%"
+        )
+    return percent
+
+
 def parse_size(text: str, *, option: str) -> int:
     """Bytes of a size such as `256M`, at least 1M. Raises `UsageError`."""
     match = _SIZE.fullmatch(text.strip())

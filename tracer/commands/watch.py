@@ -11,7 +11,12 @@ import typer
 from latrace.tracer.commands import params
 from latrace.tracer.commands.attach import Cgroup, Comm, Pid, Tid
 from latrace.tracer.commands.console import Status, program
-from latrace.tracer.commands.quantities import parse_duration, parse_size, parse_span
+from latrace.tracer.commands.quantities import (
+    parse_duration,
+    parse_percent,
+    parse_size,
+    parse_span,
+)
 from latrace.tracer.commands.signals import StopOnSignals
 from latrace.tracer.commands.tracing import say_next
 from latrace.tracer.errors import UsageError
@@ -136,6 +141,14 @@ OnSpike = Annotated[
         help="Run this as you, with the bundle's path behind it; not by a shell.",
     ),
 ]
+BudgetShare = Annotated[
+    str,
+    typer.Option(
+        "--budget",
+        metavar="PERCENT",
+        help="Of one CPU, for our own work; above it there are fewer details.",
+    ),
+]
 Once = Annotated[bool, typer.Option("--once", help="End after the first bundle.")]
 
 
@@ -171,6 +184,7 @@ def watch(
     disk: Disk = "2G",
     on_spike: OnSpike = None,
     once: Once = False,
+    budget: BudgetShare = "2%",
     duration: params.Duration = None,
     minimum: params.Minimum = None,
     slow: params.Slow = params.DEFAULT_SLOW,
@@ -208,6 +222,7 @@ def watch(
         cooldown_s=parse_span(cooldown, option="--cooldown", least_s=0),
         window_s=parse_span(window, option="--window"),
         memory_bytes=parse_size(memory, option="--memory"),
+        budget_percent=parse_percent(budget, option="--budget"),
         once=once,
     )
     rules = make_rules(

@@ -22,6 +22,8 @@ from latrace.tracer.caller import calling_account, environment_of
 EXPLAIN_TIMEOUT_S: Final = 1800.0
 """It only runs where nobody else wants to: on a busy host it takes its time."""
 _MOST_WORDS: Final = 2000
+_PROGRAM_S: Final = 1.0
+"""So long the end of a watch waits for what becomes of the user's program."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,18 +66,26 @@ class Explainer:
 
     def poll(self) -> list[Explained]:
         """Go on; returns the bundles that are done. Never waits."""
-        if self._program is not None and self._program.poll() is not None:
-            if self._program.returncode:
-                self._say(f"!!! the --on-spike program ended with {self._program.returncode}")
-            self._program = None
+        self._look_at_program()
         done = []
         if self._running is not None and (explained := self._ended(self._running)) is not None:
             self._running = None
             done.append(explained)
             self._tell(explained.path)
         if self._running is None and self._todo:
-            self._start(self._todo.popleft())
+            path = self._todo.popleft()
+            try:
+                self._start(path)
+            except OSError as error:  # no process is to be had
+                done.append(Explained(path, "", (error.strerror or str(error)).lower()))
+                self._tell(path)
         return done
+
+    def _look_at_program(self) -> None:
+        if self._program is not None and self._program.poll() is not None:
+            if self._program.returncode:
+                self._say(f"!!! the --on-spike program ended with {self._program.returncode}")
+            self._program = None
 
     def _start(self, path: Path) -> None:
         process = subprocess.Popen(
@@ -87,7 +97,7 @@ class Explainer:
             cwd="/",
             start_new_session=True,
         )
-        # Even a nice program keeps one that wakes up from its CPU for a slice; an idle one does not.
+        # Even a nice program keeps one that wakes up waiting for a slice; an idle one does not.
         with contextlib.suppress(OSError):
             os.sched_setscheduler(process.pid, os.SCHED_IDLE, os.sched_param(0))
         self._running = _Running(path, process, time.monotonic())
@@ -139,6 +149,12 @@ class Explainer:
                 os.sched_setscheduler(self._running.process.pid, os.SCHED_OTHER, os.sched_param(0))
         while not self.is_idle and time.monotonic() < deadline:
             done += self.poll()
+            time.sleep(0.05)
+        left = [] if self._running is None else [self._running.path]
+        done += [Explained(path, "", "the watch has ended") for path in (*left, *self._todo)]
+        deadline = time.monotonic() + _PROGRAM_S
+        while self._program is not None and time.monotonic() < deadline:
+            self._look_at_program()
             time.sleep(0.05)
         self.close()
         return done

@@ -19,5 +19,7 @@ class Settings:
     """From one firing to the next."""
     memory_bytes: int = 256 << 20
     """For the rows that are kept."""
+    budget_percent: float = 2.0
+    """What the reader and the probes may take of one CPU before details give way."""
     once: bool = False
     """Never be armed again after the first bundle."""

@@ -34,12 +34,13 @@ from latrace.tracer.sleeps import sleep_totals
 
 from . import marks
 from .bundles import Bundles
-from .control import ControlSocket
+from .control import ControlSocket, Request
 from .flight import FlightRecorder
 from .host import HostUsage
 from .marks import Mark
 from .pprof import Profiles
 from .settings import Settings
+from .thrift import Thrift
 from .triggers import Firing, Histograms, Longest, Retransmits, Rule
 
 if TYPE_CHECKING:
@@ -125,6 +126,7 @@ class Watch(Tracer):
         self._marked = (0, 0)
         self._counted = (-1, -1)
         self._counts: Histograms = {}
+        self._dropped_ns = 0
         self._short = False
         self.state = State.COOLDOWN
         self._armed_ns = 0
@@ -162,6 +164,13 @@ class Watch(Tracer):
         from . import bundle  # noqa: F401, PLC0415
 
         self._recorder = Recorder(self._flight)
+        self._thrift = Thrift(
+            self._settings.budget_percent,
+            cost=self._cost,
+            budget=self._budget,
+            sampler=self._sampler,
+            say=self._say,
+        )
         now = time.monotonic()
         self._epoch_s = now + EPOCH_S
         self._armed_ns = time.monotonic_ns() + int(SETTLE_S * 1e9)
@@ -190,6 +199,9 @@ class Watch(Tracer):
             self._on_look()
         if self._bundle is not None:
             self._go_on(self._bundle)
+            self._thrift.skip()
+        else:
+            self._thrift.step()
 
     def _take_mark(self, now: float) -> None:
         """Flush, note how the counters stand, and drop what is too old or too much."""
@@ -205,6 +217,8 @@ class Watch(Tracer):
             self._owners = Owners()
             self._forget_processes()
         self._marks.append(self._mark())
+        if self._bundle is not None:
+            self._bundle.hold()
         self._forget()
         every_s = max(1.0, self._settings.before_s / _MARKS)
         self._mark_s = now + max(every_s, (time.thread_time() - began) / _SHARE)
@@ -239,15 +253,15 @@ class Watch(Tracer):
         while len(self._marks) > 1 and self._marks[1].at_ns <= begin_ns:
             self._marks.popleft()
         self._flight.drop(self._marks[0].at_ns, before_epoch=self._marks[0].epoch)
-        self._short = False
         while self._flight.bytes > self._settings.memory_bytes:
             dropped_ns = self._flight.drop_oldest()
             if dropped_ns is None:
                 break
-            self._short = True
+            self._dropped_ns = max(self._dropped_ns, dropped_ns)
             while len(self._marks) > 1 and self._marks[0].at_ns < dropped_ns:
                 self._marks.popleft()
-        start_ns = self._marks[0].at_ns
+        # A bundle that is open began at a mark that may be gone by now.
+        start_ns = (self._marks[0] if self._bundle is None else self._bundle.start).at_ns
         while self._ended_threads and self._ended_threads[0][0] <= start_ns:
             self._ended_threads.popleft()
         while len(self._backdrops) > 1 and self._backdrops[1].at_ns <= start_ns:
@@ -259,6 +273,11 @@ class Watch(Tracer):
         self._command_lines = {
             tgid: line for tgid, line in self._command_lines.items() if tgid in self._names
         }
+
+    @property
+    def targets_ended(self) -> bool:
+        """Whether no target is left and none can come."""
+        return self._all_ended()
 
     def describe(self, snapshot: Snapshot) -> str:
         """Where the watch stands, in a line."""
@@ -291,13 +310,18 @@ class Watch(Tracer):
         if self.state == State.OPEN:
             for rule in self._rules:
                 rule.spike(now_ns, counts)
-            for request in requests:
-                request.answer(f"a bundle is being written already: {self._path()}", ok=False)
+            self._refuse(by_hand, requests, f"a bundle is being written already: {self._path()}")
             return
+        if self._profiles is not None and self._profiles.running:
+            self._profiles.poll()  # those of a bundle that was given up
+        ended = self._settings.once and bool(self._firings)
+        if ended:
+            self._refuse(by_hand, requests, "there is a bundle, and with --once no other")
+            by_hand, requests = [], []
         fired = [firing for rule in self._rules if (firing := rule.look(now_ns, counts))]
         if self.state == State.COOLDOWN:
             fired = []
-            if now_ns >= self._armed_ns and not (self._firings and self._settings.once):
+            if now_ns >= self._armed_ns and not ended:
                 self.state = State.ARMED
                 for rule in self._rules:
                     rule.rearm(now_ns, counts)
@@ -309,6 +333,12 @@ class Watch(Tracer):
             opened = self.state == State.OPEN
             wanted = f"{self._path()}, whole in {self._settings.after_s:g} s"
             request.answer(wanted if opened else "the bundle cannot be written", ok=opened)
+
+    def _refuse(self, by_hand: Sequence[str], requests: Sequence[Request], why: str) -> None:
+        for request in requests:
+            request.answer(why, ok=False)
+        if by_hand:
+            self._say(f"not fired by hand: {why}")
 
     def _manual(self, now_ns: int, reason: str) -> Firing:
         since_ns = now_ns - int(self._settings.window_s * 1e9)
@@ -330,12 +360,18 @@ class Watch(Tracer):
             self._profiles.start(self._settings.after_s)
         self._say(f"fired: {headline(firings)}")
         start = self._marks[0]
+        self._short = self._dropped_ns > now_ns - int(self._settings.before_s * 1e9)
         self._connections.begin_at(self._backdrops[0].connections)
         try:
             out = self._bundles.new(time.time_ns())
+        except LatraceError as error:
+            self._give_up(error)
+            return
+        try:
             self._bundle = Bundle(out, self._flight, start=start, head=self._head(start))
             self.state = State.OPEN
         except LatraceError as error:
+            self._bundles.discard(out)
             self._give_up(error)
             return
         self._tidy()
@@ -437,7 +473,8 @@ class Watch(Tracer):
     def _spike(self, bundle: Bundle, end: Mark, notes: list[str]) -> dict[str, Any]:
         """What spike.json says before it is explained."""
         settings = asdict(self._settings)
-        del settings["memory_bytes"], settings["once"]
+        for name in ("memory_bytes", "once", "budget_percent"):
+            del settings[name]
         offset_ns = self._start_realtime_ns - self._start_ns
         return {
             "schema": 1,
@@ -467,7 +504,7 @@ class Watch(Tracer):
 
     def _give_up(self, error: LatraceError) -> None:
         """A bundle could not be written: say so, and go on."""
-        self._bundle = None
+        self._bundle, self._firings = None, ()  # with --once, too, the next one counts
         self.state = State.COOLDOWN
         self._say(f"!!! no bundle: {error.cause}")
 
@@ -481,23 +518,26 @@ class Watch(Tracer):
     # ------------------------------------------------------------------ end
 
     def _finish(self, *, complete: bool) -> None:
-        end = self._mark() if self._bundle is not None and self._end is None else self._end
+        bundle, end = self._bundle, self._end
+        if bundle is not None and complete and end is None:
+            self._marked = (-1, -1)  # see _go_on
+            end = self._mark()
+            self._host.snapshot(now=True)
         self._cost.close()
         self._sampler.close()
         self._probes.detach()
         while self._ring.used():
             self._drain()
-        bundle = self._bundle
-        if bundle is not None and end is not None:
+        if bundle is not None and complete and end is not None:
             self._recorder.finish()
+            self._recorder.flush(time.monotonic_ns())
             try:
-                if complete:
-                    self._close(bundle, end)
-                else:
-                    bundle.abandon()
+                self._close(bundle, end)
             except LatraceError as error:
                 bundle.abandon()
                 self._give_up(error)
+        elif bundle is not None:
+            bundle.abandon()
         with contextlib.suppress(LatraceError):
             self._recorder.close(complete=complete)
 
@@ -509,11 +549,12 @@ def headline(firings: Sequence[Firing]) -> str:
     if first.kind == "manual":
         reason = f": {visible(first.reason)}" if first.reason else ""
         return f"by hand{reason}{more}"
-    show = duration if first.unit == "ns" else _plain
-    value, limit = (show(int(each or 0)) for each in (first.value, first.threshold))
-    usual = f", usually {show(int(first.baseline))}" if first.baseline is not None else ""
+    value, limit = (_quantity(each or 0, first.unit) for each in (first.value, first.threshold))
+    usual = f", usually {_quantity(first.baseline, first.unit)}" if first.baseline else ""
     return f"{first.rule}: {value}, over {limit}{usual}{more}"
 
 
-def _plain(value: int) -> str:
-    return f"{value:,}"
+def _quantity(value: float, unit: str) -> str:
+    if unit == "segments":
+        return f"{value:,.0f}"
+    return duration(value * 1e9 if unit == "s" else value)
