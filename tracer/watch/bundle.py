@@ -68,16 +68,16 @@ class Bundle:
         self._next = 0
         self._todo: list[Piece] = []
         self._waits = _Waits()
-        self._take()
+        self.hold()
 
-    def _take(self) -> None:
+    def hold(self) -> None:
         """Hold on to the pieces that came since, so that they cannot be dropped meanwhile."""
         self._todo += self._flight.since(self._next)
         self._next = self._flight.next_number
 
     def step(self, *, until_ns: int = _NO_END) -> bool:
         """Write some of what there is, up to a moment; returns whether that was all."""
-        self._take()
+        self.hold()
         for piece in self._todo[:_PIECES_AT_ONCE]:
             for batch in piece.between(self.start.at_ns, until_ns):
                 if piece.table == "waits":

@@ -13,6 +13,7 @@ import json
 import re
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,12 @@ class Bundles:
             f"cannot make {self.path / name}: the name is taken, and so are all that follow",
             hint="choose another place with -o",
         )
+
+    def discard(self, out: OutputDir) -> None:
+        """Let go of a new one that nothing could be written to, and remove it if that works."""
+        out.close()
+        with suppress(LatraceError):
+            self._folder.remove(out.path.name)
 
     def _open_again(self) -> None:
         folder: OutputFolder = open_output_folder(self.path, files=_FILES)

@@ -7,10 +7,11 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from latrace.analysis.errors import CaptureError
 from latrace.tracer.commands.console import Status, write_out
 from latrace.tracer.commands.signals import StopOnSignals
 from latrace.tracer.doctor import explained, require_tracing
@@ -49,6 +50,8 @@ def run(
     view = WatchView(status)
     _keep_off_the_cpus_of(targets)
     with contextlib.ExitStack() as undo:
+        # Before we can be fired and when we end, too, it must not kill.
+        undo.enter_context(_on_fire_signal(lambda: None))
         bundles = Bundles(plan.output, keep=plan.keep, disk_bytes=plan.disk_bytes)
         undo.callback(bundles.close)
         explainer = Explainer(on_spike=plan.on_spike, say=view.say)
@@ -61,6 +64,8 @@ def run(
                 on_look=service.look,
                 on_tick=service.tick if view.draws else None,
             )
+            if watch.targets_ended and not signals.stop.is_set():
+                view.say("no target is left: it has ended")
         # What was open is a bundle now, and explained like any other.
         for each in explainer.finish(_EXPLAIN_S):
             service.tell(each)
@@ -118,7 +123,7 @@ def _watch(
                     loading=loading,
                 )
             )
-        undo.enter_context(_fired_by_signal(watch))
+        undo.enter_context(_on_fire_signal(lambda: watch.trigger("SIGUSR2")))
         undo.callback(view.close)
         view.say(f"watching {targets.description}: {', '.join(rule.rule for rule in rules)}")
         yield watch
@@ -159,10 +164,13 @@ class _Service:
             self.view.say(f"!!! not explained: {explained_one.trouble}")
         else:
             self.view.say(explained_one.headline)
-        if self._plan.as_json:
-            write_out(json.dumps(_document(explained_one.path)) + "\n")
-        else:
-            write_out(f"{_shown(explained_one.path)}\n")
+        try:
+            if self._plan.as_json:
+                write_out(json.dumps(_document(explained_one.path)) + "\n")
+            else:
+                write_out(f"{_shown(explained_one.path)}\n")
+        except (LatraceError, CaptureError) as error:  # the disk is full, the bundle is gone
+            self.view.say(f"!!! {error.cause}")
 
 
 def _keep_off_the_cpus_of(targets: Targets) -> None:
@@ -195,9 +203,9 @@ def _control(description: str, view: WatchView) -> ControlSocket | None:
 
 
 @contextlib.contextmanager
-def _fired_by_signal(watch: Watch) -> Iterator[None]:
-    """SIGUSR2 fires by hand."""
-    before = signal.signal(signal.SIGUSR2, lambda *_: watch.trigger("SIGUSR2"))
+def _on_fire_signal(act: Callable[[], None]) -> Iterator[None]:
+    """What SIGUSR2 does meanwhile."""
+    before = signal.signal(signal.SIGUSR2, lambda *_: act())
     try:
         yield
     finally:
