@@ -13,6 +13,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+HEAP_BEFORE: Final = "pprof-heap-before.txt"
+HEAP: Final = "pprof-heap.txt"
+GOROUTINES: Final = "pprof-goroutines.txt"
+"""How these texts are called in a bundle."""
+
 MAX_TEXT: Final = 16 << 20
 MAX_GROUPS: Final = 100_000
 LARGEST: Final = 5
@@ -58,6 +63,13 @@ class MemStats:
     """Size of the heap at which the next collection begins."""
     forced: int | None
     """Collections that the program asked for itself."""
+
+    @property
+    def known_since_ns(self) -> int:
+        """From when on `pauses` has all of them, CLOCK_REALTIME; 0: since the process began."""
+        if self.num_gc <= len(self.pauses) or not self.pauses:
+            return 0
+        return self.pauses[0][0]
 
 
 def parse_memstats(text: str) -> MemStats:
@@ -186,8 +198,10 @@ def summarise_go(
     their numbers None, and a line in `notes`. Never raises.
 
     Returns `pauses` (count), `pause_ns`, `max_pause_ns`, `longest` [{end_realtime_ns, pause_ns}],
-    `collections` and `missed` (between the two texts; those that the ring no longer has),
-    `gc_cpu_fraction`, `heap_bytes`, `goroutines`, `largest` [{count, stack}], `notes`.
+    `at_least` (whether there may have been more), `known_since_realtime_ns` (from when on all are
+    known until `heap_before`, or if that is None `heap_after`; 0: always), `collections` and
+    `missed` (between the two texts; those that the ring no longer has), `gc_cpu_fraction`,
+    `heap_bytes`, `goroutines`, `largest` [{count, stack}], `notes`.
     """
     notes: list[str] = []
     before = _try("memory statistics before", heap_before, parse_memstats, notes)
@@ -197,8 +211,9 @@ def summarise_go(
         ("pauses", "pause_ns", "max_pause_ns", "collections", "missed", "gc_cpu_fraction")
     )
     told |= {"heap_bytes": None, "longest": [], "goroutines": None, "largest": [], "notes": notes}
-    last = after or before
-    if last is not None:
+    told |= {"at_least": None, "known_since_realtime_ns": None}
+    first, last = before or after, after or before
+    if first is not None and last is not None:
         within = _within(before, after, since_realtime_ns, until_realtime_ns)
         told |= {
             "pauses": len(within),
@@ -208,6 +223,8 @@ def summarise_go(
                 {"end_realtime_ns": end, "pause_ns": pause}
                 for end, pause in heapq.nlargest(LARGEST, within, key=lambda each: each[1])
             ],
+            "at_least": after is None or _may_lack(first, after, since_realtime_ns),
+            "known_since_realtime_ns": first.known_since_ns,
             "gc_cpu_fraction": last.gc_cpu_fraction,
             "heap_bytes": last.heap_bytes,
         }
@@ -235,6 +252,14 @@ def _try(what: str, text: str | None, parse: Any, notes: list[str]) -> Any:
     except GoTextError as error:
         notes.append(f"the {what}: {error}")
         return None
+
+
+def _may_lack(first: MemStats, last: MemStats, since_ns: int) -> bool:
+    """Whether pauses from `since_ns` on may be in neither text."""
+    if since_ns >= last.known_since_ns:
+        return False
+    between = last.num_gc - first.num_gc
+    return since_ns < first.known_since_ns or not 0 <= between <= len(last.pauses)
 
 
 def _within(

@@ -120,6 +120,23 @@ def read_object(file: Path, *, most_bytes: int = _MOST_BYTES) -> dict[str, Any] 
 
     Raises CaptureError when it cannot be read, is larger, or is something else.
     """
+    text = read_file(file, most_bytes=most_bytes)
+    if text is None:
+        return None
+    try:
+        found = json.loads(text, parse_constant=_no_constant, parse_float=_finite)
+    except (ValueError, RecursionError) as error:
+        raise _damaged(file, str(error)) from error
+    if not isinstance(found, dict):
+        raise _damaged(file, "it is not a JSON object")
+    return found
+
+
+def read_file(file: Path, *, most_bytes: int) -> bytes | None:
+    """Read a regular file that is no link; None: there is none.
+
+    Raises CaptureError when it cannot be read, is larger, or is something else.
+    """
     try:
         # Not blocking: or a named pipe would be waited for.
         fd = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -138,13 +155,7 @@ def read_object(file: Path, *, most_bytes: int = _MOST_BYTES) -> dict[str, Any] 
         raise _unreadable(file, error) from error
     if len(text) > most_bytes:
         raise _damaged(file, f"it is larger than {most_bytes >> 20} MiB")
-    try:
-        found = json.loads(text, parse_constant=_no_constant, parse_float=_finite)
-    except (ValueError, RecursionError) as error:
-        raise _damaged(file, str(error)) from error
-    if not isinstance(found, dict):
-        raise _damaged(file, "it is not a JSON object")
-    return found
+    return text
 
 
 def _no_constant(text: str) -> NoReturn:

@@ -20,6 +20,10 @@ _BUSY_PERCENT: Final = 20.0
 _SHOWN: Final = 3
 _LISTED: Final = 10
 _FRAMES: Final = 3
+_CROWD: Final = 10
+_LOCKS: Final = ("sync.(*Mutex).", "sync.(*RWMutex).")
+_INNERMOST: Final = 4  # frames in which a lock's own functions stand
+_RUNTIME: Final = ("runtime.", "internal/", "sync.runtime_")
 
 
 def cpu_users(spike: Spike, targets: Collection[int]) -> list[dict[str, Any]]:
@@ -73,41 +77,76 @@ def host_words(spike: Spike, users: list[dict[str, Any]]) -> Iterator[str]:
             )
 
 
-def service_words(spike: Spike, begin_ns: int, end_ns: int) -> Iterator[str]:
-    """Say in sentences what the Go runtime of the service tells, set against the spike.
-
-    `begin_ns`, `end_ns`: the spike, CLOCK_MONOTONIC.
-    """
+def service_words(spike: Spike) -> Iterator[str]:
+    """Say in sentences what the Go runtime of the service tells of the spike."""
     told = _object(spike.profiles.get("gc"))
     pauses, total = _number(told.get("pauses")), _number(told.get("pause_ns"))
     longest = _number(told.get("max_pause_ns"))
-    if pauses and total is not None and longest is not None:
-        stops = plural(int(pauses), "time")
-        text = f"Go's collector stopped all goroutines {stops}, {duration(total)} in all"
-        inside = _inside(told.get("longest"), spike.realtime_ns(begin_ns), end_ns - begin_ns)
-        where = f", the longest in the spike {duration(inside)}" if inside else ""
-        yield f"{text}; the longest stop took {duration(longest)}{where}."
-    elif pauses == 0:
-        yield "Go's collector did not stop the goroutines in those seconds."
+    if pauses and pauses > 0 and total is not None and longest is not None:
+        times = "once" if pauses == 1 else plural(int(pauses), "time")
+        least = "at least " if told.get("at_least") is True else ""
+        yield (
+            f"Go's garbage collector stopped the world {least}{times} in the spike"
+            f"{_compared(told)}, for {duration(total)} in all, the longest {duration(longest)}."
+        )
+    elif pauses == 0 and told.get("at_least") is False:
+        yield f"Go's garbage collector did not stop the world in the spike{_compared(told)}."
     goroutines = _number(told.get("goroutines"))
-    if goroutines:
-        text = f"The service had {plural(int(goroutines), 'goroutine')}"
-        for group in _lines(told.get("largest"))[:1]:
-            count, stack = _number(group.get("count")), group.get("stack")
-            if count and isinstance(stack, list) and stack:
-                names = [fit(visible(str(name)), 48) for name in stack[:_FRAMES]]
-                text += f", {int(count):,} of them in {' < '.join(names)}"
+    if goroutines and goroutines > 0:
+        text = f"The service had {plural(int(goroutines), 'goroutine')} when the watch fired"
+        count, stack = _largest(told)
+        if count > 1:
+            path = " < ".join(fit(visible(name), 48) for name in _telling(stack)[:_FRAMES])
+            text += f", {count:,} of them in {path}"
         yield f"{text}."
 
 
-def _inside(longest: object, begin_ns: int, length_ns: int) -> int:
-    """Tell the longest stop of those listed that lies in the spike; times of day, ns."""
-    most = 0
-    for line in _lines(longest):
-        end, took = _number(line.get("end_realtime_ns")), _number(line.get("pause_ns"))
-        if end is not None and took is not None and end >= begin_ns:
-            most = max(most, int(took)) if end - took <= begin_ns + length_ns else most
-    return most
+def lock_words(spike: Spike) -> str:
+    """Say where most goroutines waited for a lock; "": that is not what most of them did."""
+    told = _object(spike.profiles.get("gc"))
+    total, (count, stack) = _number(told.get("goroutines")), _largest(told)
+    if total is None or count < max(_CROWD, total / 2):
+        return ""
+    if not any(name.startswith(_LOCKS) for name in stack[:_INNERMOST]):
+        return ""
+    own = next(
+        (name for name in stack if not _is_inside(name) and not name.startswith("sync.")), ""
+    )
+    where = f" in {fit(visible(own), 48)}" if own else ""
+    return f"{count:,} of {int(total):,} goroutines waited for a lock{where}"
+
+
+def _largest(told: Mapping[str, Any]) -> tuple[int, list[str]]:
+    """Tell how many goroutines the largest group has, and their stack; 0: none."""
+    for group in _lines(told.get("largest"))[:1]:
+        count, stack = _number(group.get("count")), group.get("stack")
+        if count and isinstance(stack, list) and stack:
+            return int(count), [str(name) for name in stack]
+    return 0, []
+
+
+def _compared(told: Mapping[str, Any]) -> str:
+    """Set how often the collector stopped the world against the time before."""
+    before = _object(told.get("baseline"))
+    now, then = (
+        (_number(part.get("pauses")), _number(part.get("seconds"))) for part in (told, before)
+    )
+    if None in (*now, *then) or not now[1] or not then[1]:
+        return ""
+    rates = (count / seconds for count, seconds in (now, then) if count is not None and seconds)
+    spike, baseline = (f"{rate:,.1f}" for rate in rates)
+    return f" ({spike} times a second, {baseline} before)"
+
+
+def _telling(stack: list[str]) -> list[str]:
+    """Leave out the frames that only tell how the runtime makes a goroutine wait."""
+    begin = next((at for at, name in enumerate(stack) if not _is_inside(name)), 0)
+    return stack[begin:]
+
+
+def _is_inside(name: str) -> bool:
+    own = name.rpartition(".")[2]
+    return name.startswith(_RUNTIME) or (name.startswith("sync.") and own[:1].islower())
 
 
 def _lines(value: object) -> list[Mapping[str, Any]]:

@@ -6,7 +6,7 @@ all the time make 2 s in each second. All of it is from recorded rows.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -32,6 +32,21 @@ IDLE_CALLS: Final = frozenset(
 """Calls in which a thread stays that has nothing to do. That it is there longer may well be
 because others keep it waiting, but not why."""
 
+_IDLE_FRAMES: Final = frozenset(
+    {
+        *("runtime.stopm", "runtime.stoplockedm", "runtime.findRunnable", "runtime.findrunnable"),
+        *("runtime.sysmon", "runtime.templateThread", "os/signal.signal_recv"),
+    }
+)
+"""Where a thread of Go stands that has no goroutine to run: in a futex, as in a lock."""
+
+_COLLECTOR: Final = (
+    *("runtime.gc", "runtime.bgsweep", "runtime.bgscavenge", "runtime.wbBuf", "runtime.sweepone"),
+    *("runtime.(*sweepLocked)", "runtime.scanobject", "runtime.greyobject", "runtime.markroot"),
+)
+"""How the names of functions begin in which Go's collector works, in threads of its own and in
+those that allocate."""
+
 LATE_NS: Final = 1_000_000
 """Sleep calls later than this are counted as late."""
 
@@ -39,6 +54,7 @@ _LISTED = 10
 _LEAST_NS_PER_S = 1_000_000  # 0.1 % of a thread's time: less is no reason for anything
 _LEAST_GROWTH = 1.2
 _LEAST_SAMPLES = 5
+_MOSTLY = 0.5
 _STACKS = 2000  # of one stretch that are looked at
 
 
@@ -253,29 +269,58 @@ _WEIGHT: Final = {"wait": 1.0, "lost": 1.0, "on_cpu": 0.5, "blocked": 0.25}
 def foremost(listed: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
     """Choose what is most likely the reason, of what grew; None: nothing tells.
 
-    Calls in which idle threads stay are none, unless lost segments kept them there.
+    Calls in which idle threads stay (`idle`) are none, unless lost segments kept them there.
     """
 
     def weight(line: Mapping[str, Any]) -> float:
         grew: float = line["ns_per_s"] - line["before_ns_per_s"]
         return grew * _WEIGHT[line["what"]]
 
-    reasons = [
-        line for line in listed if line["what"] != "blocked" or line["name"] not in IDLE_CALLS
-    ]
-    return max(reasons, key=weight, default=None)
+    return max((line for line in listed if not line["idle"]), key=weight, default=None)
+
+
+def is_idle(capture: Capture, line: Mapping[str, Any], timeline: Timeline) -> bool:
+    """Whether a line of what grew is of threads that were blocked as they had nothing to do."""
+    if line["what"] != "blocked" or line["name"] in IDLE_CALLS:
+        return bool(line["what"] == "blocked")
+    entry = timeline.blocked.get(line["name"], _Blocked())
+    return _share_of(capture, entry.stacks, _IDLE_FRAMES.__contains__) >= _MOSTLY
+
+
+def _share_of(
+    capture: Capture, sampled: Mapping[int, float], chosen: Callable[[str], bool]
+) -> float:
+    """Tell the share of some stacks' time that has a chosen function anywhere in it."""
+    total = inside = 0.0
+    for number, stack in name_stacks(capture, _heaviest(sampled)).items():
+        total += sampled[number]
+        if any(chosen(_plain(name)) for name in stack.user):
+            inside += sampled[number]
+    return inside / total if total else 0.0
+
+
+def _is_collector(name: str) -> bool:
+    return name == "runtime.GC" or name.startswith(_COLLECTOR)
+
+
+def _plain(name: str) -> str:
+    """A function's name without what the linker and the symbols add."""
+    return name.split("+0x", 1)[0].removesuffix(".abi0")
 
 
 def where(capture: Capture, line: Mapping[str, Any], timeline: Timeline) -> dict[str, Any]:
     """Tell where in the code something took its time, and who ended it, as far as that is known.
 
     `stack`: frames, leaf first; `function`: the one that most of it was in, "" where none was
-    most; `waker`: who ended most of a blocking call, None where that was no thread.
+    most; `waker`: who ended most of a blocking call, None where that was no thread; `collector`:
+    the share of work on the CPU that was that of Go's garbage collector.
     """
+    collector = 0.0
     sampled: Mapping[int, float] = {}
     waker = None
     if line["what"] == "on_cpu":
         sampled = timeline.on_cpu_stacks
+        collector = _share_of(capture, sampled, _is_collector)
     elif line["what"] == "blocked" and line["name"] in timeline.blocked:
         entry = timeline.blocked[line["name"]]
         sampled = entry.stacks
@@ -289,7 +334,7 @@ def where(capture: Capture, line: Mapping[str, Any], timeline: Timeline) -> dict
                 "function": _most(capture, woken.stacks)[0],
             }
     function, stack = _most(capture, sampled)
-    return {"stack": stack, "function": function, "waker": waker}
+    return {"stack": stack, "function": function, "waker": waker, "collector": collector}
 
 
 def _most(capture: Capture, sampled: Mapping[int, float]) -> tuple[str, list[str]]:
@@ -325,8 +370,7 @@ def _function(stack: NamedStack) -> str:
     """Name the innermost function of the program's own that tells what it waited for or did."""
     own = [name for name in stack.user if name != "[unknown]"]
     told = [name for name in own if not name.startswith(_LOCKS)]
-    name = (told or own or [stack.function])[0]
-    return name.split("+0x", 1)[0]
+    return _plain((told or own or [stack.function])[0])
 
 
 def _frames(stack: NamedStack) -> tuple[str, ...]:

@@ -27,6 +27,7 @@ _LONGEST_REASON: Final = 160
 _TOLD = 2  # of what grew, beside the reason
 _NOTABLE_NS_PER_S = 10_000_000
 _NEARLY = 0.9
+_COLLECTED = 1 / 3  # of the work
 _NOTES = 5
 
 _CALLS: Final = {
@@ -69,7 +70,7 @@ def headline(analysis: Analysis) -> str:
     """Say the most important in one line: what fired, and why."""
     sentences = [text for text in analysis["sentences"] if isinstance(text, str)]
     first = sentences[0] if sentences else "The spike could not be analysed."
-    why = cause_words(analysis)
+    why = "; ".join(text for text in (cause_words(analysis), analysis.get("locked", "")) if text)
     return f"{first} {why[:1].upper()}{why[1:]}." if why else first
 
 
@@ -93,7 +94,7 @@ def cause_words(analysis: Analysis) -> str:
     if cause == "lost":
         return f"lost TCP segments{f' of {name}' if name else ''}"
     if cause == "on_cpu":
-        return f"its own work on the CPU{_at(analysis['where'])}"
+        return f"its own work on the CPU{_doing(analysis['where'])}"
     return f"{name}: {_PARTS[cause]}" if cause else ""
 
 
@@ -139,10 +140,10 @@ def sentences(analysis: Analysis, spike: Spike) -> list[str]:
     told = [
         _opening(analysis, spike.main),
         *first,
+        *service_words(spike),
         _before(analysis),
         *then,
         _sleeps(analysis),
-        *service_words(spike, analysis["spike"]["start_ns"], analysis["spike"]["end_ns"]),
         *host_words(spike, analysis["cpu_users"]),
         *_how_sure(analysis, spike),
     ]
@@ -161,7 +162,7 @@ def _opening(analysis: Analysis, trigger: Trigger) -> str:
         return f"Asked for{f': {why}.' if why else '.'} This is of {_span(analysis)}."
     if trigger.kind == "metric":
         metric = _rule(trigger).removeprefix("--metric ")
-        return f"The service's own {metric} rose to {saw or 'its limit'} {when}."
+        return f"The service's own {metric} rose to {saw or 'its limit'} in {_span(analysis)}."
     if trigger.kind == "retransmits":
         limit = "" if trigger.threshold is None else f" (limit {trigger.threshold:,.0f})"
         return f"{analysis['value']:,.0f} TCP segments were sent again{limit} {when}."
@@ -244,7 +245,7 @@ def _growth(line: Line, analysis: Analysis) -> str:
 def _details(where: Line | None) -> str:
     if not where:
         return ""
-    text = _at(where)
+    text = _doing(where)
     waker = where["waker"]
     if waker and waker["share"] >= 0.2:
         text += (
@@ -264,6 +265,7 @@ def _grew(analysis: Analysis) -> Iterator[str]:
         for line in analysis["grew"]
         if _of(line) != reason
         and (line["what"], line["name"]) != ("wait", analysis["cause"])
+        and not line["idle"]
         and line["ns_per_s"] - line["before_ns_per_s"] >= _NOTABLE_NS_PER_S
     ]
     if others:
@@ -441,6 +443,13 @@ def _culprit(line: Line) -> str:
 
 def _in(line: Line) -> str:
     return f", in {_name(line['function'])}" if line["function"] else ""
+
+
+def _doing(where: Line | None) -> str:
+    """Say where work on the CPU was done."""
+    if where and where["collector"] >= _COLLECTED:
+        return f", {percent(where['collector'], 1)} of it in Go's garbage collector"
+    return _at(where)
 
 
 def _at(where: Line | None) -> str:

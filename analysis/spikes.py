@@ -22,15 +22,17 @@ from latrace.analysis.rows import Slow, scan
 from latrace.analysis.selection import Selection
 from latrace.analysis.sleep_calls import PARTS, SleepCalls, read_sleep_calls
 from latrace.analysis.spike_file import SPIKE_FILE, Spike, Told, Trigger, read_object, read_spike
-from latrace.analysis.spike_host import cpu_users
+from latrace.analysis.spike_host import cpu_users, lock_words
 from latrace.analysis.spike_parts import (
     LATE_NS,
     describe,
     foremost,
     grown,
+    is_idle,
     read_timelines,
     where,
 )
+from latrace.analysis.spike_profiles import with_profiles
 from latrace.analysis.spike_windows import Window, Windows, find_windows, percentile
 from latrace.analysis.summary import summarise
 
@@ -53,7 +55,7 @@ _CULPRITS: Final = ("kthread", "own", "other")  # causes that a thread can be na
 _KEPT: Final = ("cause", "comm", "tid", "tgid", "vector", "ns", "share", "cgroup")
 _LISTED = 5
 _QUANTILES: Final = {0.5: "p50_ns", 0.9: "p90_ns", 0.99: "p99_ns", 0.999: "p999_ns"}
-_ROWS_LACK: Final = 1.001
+_ROWS_LACK: Final = 0.01
 
 
 def explain(capture: Capture) -> Told | None:
@@ -62,21 +64,26 @@ def explain(capture: Capture) -> Told | None:
     Raises CaptureError for a damaged file.
     """
     spike = read_spike(capture.path)
-    return None if spike is None else Told(spike, analyse(capture, spike))
+    if spike is None:
+        return None
+    windows = find_windows(capture, spike)
+    spike = with_profiles(spike, capture.path, windows)
+    return Told(spike, analyse(capture, spike, windows))
 
 
-def analyse(capture: Capture, spike: Spike) -> dict[str, Any]:
+def analyse(capture: Capture, spike: Spike, windows: Windows | None = None) -> dict[str, Any]:
     """Tell what a spike was made of: the key `analysis` of `spike.json`, times in ns.
 
     `cause` is the main one: a cause of waits (`latrace.analysis.causes`) or, where something else
     was the reason, `blocked` (`name`: the system call), `on_cpu`, `lost` (TCP segments), `timer`,
     `entry` or `return` (parts of the lateness of sleep calls), or "" where nothing tells.
     `sentences` says it in words, the answer first. Everything in it can be written as JSON.
+    `windows`: what `find_windows` found.
 
     Raises CaptureError for a damaged file.
     """
     trigger = spike.main
-    windows = find_windows(capture, spike)
+    windows = windows or find_windows(capture, spike)
     stretches = [one for one in (windows.spike, windows.baseline) if one is not None]
     timelines = read_timelines(capture, stretches)
     late_ns = windows.over_ns if trigger.kind == "sleep" and windows.over_ns else LATE_NS
@@ -87,7 +94,11 @@ def analyse(capture: Capture, spike: Spike) -> dict[str, Any]:
         summaries.append(summary)
         parts.append(describe(summary, calls, window, timeline, late_ns=late_ns))
     before = parts[1] if len(parts) > 1 else None
-    grew = grown(parts[0], before, timelines)
+    grew = [
+        {**line, "idle": is_idle(capture, line, timelines[0])}
+        for line in grown(parts[0], before, timelines)
+    ]
+    grew.sort(key=lambda line: line["idle"])  # these tell of a reason elsewhere at most
     reason: dict[str, Any]
     if trigger.kind == "retransmits" and windows.bursts:
         reason = _lost(summaries[0])
@@ -119,6 +130,7 @@ def analyse(capture: Capture, spike: Spike) -> dict[str, Any]:
             {**line, **where(capture, line, timelines[0])} if line["what"] == "blocked" else line
             for line in grew[:_TOP]
         ],
+        "locked": lock_words(spike),
         "cpu_users": cpu_users(spike, _targets(summaries[0])),
         "thinned": _thinned(quality),
         "parts": {"spike": parts[0], "baseline": before},
@@ -137,9 +149,13 @@ def _targets(summary: Mapping[str, Any]) -> set[int]:
 
 
 def _thinned(quality: Mapping[str, Any]) -> bool:
-    """Whether some waits of the bundle have no row."""
-    lost = bool(quality["lost_events"])
-    return lost or bool(quality["degraded"]) or quality["waits"] > _ROWS_LACK * quality["rows"]
+    """Whether waits of the bundle have no row: below a threshold, or a share that can be felt.
+
+    A few never have one, as when a thread was waiting already when the recording began.
+    """
+    lack = quality["waits"] - quality["rows"]
+    by_design = quality.get("row_threshold_ns", 0) > 0 and lack > 0
+    return bool(by_design or lack > _ROWS_LACK * quality["waits"])
 
 
 def _worst(

@@ -121,6 +121,8 @@ def _what(line: Mapping[str, Any]) -> str:
     if what == "lost":
         return f"{elements.swatch('net')}blocked while TCP segments were lost"
     call = f"blocked in {name(line['name'])}" if line["name"] else "blocked in no system call"
+    if line["idle"]:
+        call += " <span class=soft>(idle)</span>"
     function = line.get("function")
     return call + (f"<div class=stack>in {name(function)}</div>" if function else "")
 

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from sample_capture import START_NS, write_capture
 from spike_samples import (
-    FIRED_REALTIME_NS,
     MS,
     SPAN_NS,
     TGID,
@@ -28,6 +27,7 @@ from spike_samples import (
 
 from latrace.analysis.capture import open_capture
 from latrace.analysis.errors import CaptureError
+from latrace.analysis.spike_text import headline
 from latrace.analysis.spikes import Windows, analyse, find_windows, read_spike
 
 Told = dict[str, Any]
@@ -473,12 +473,21 @@ def go(**more: Any) -> Told:
         "pauses": 12,
         "pause_ns": 4_200_000,
         "max_pause_ns": 1_300_000,
-        "longest": [
-            {"end_realtime_ns": FIRED_REALTIME_NS - 3 * S, "pause_ns": 1_300_000},
-            {"end_realtime_ns": FIRED_REALTIME_NS - 100 * MS, "pause_ns": 700_000},
-        ],
+        "at_least": False,
+        "seconds": 0.3,
+        "baseline": {"seconds": 7.5, "pauses": 15, "pause_ns": 2_000_000, "max_pause_ns": 400_000},
         "goroutines": 1204,
-        "largest": [{"count": 980, "stack": ["sync.(*Mutex).Lock", "main.ha\x1bndler"]}],
+        "largest": [
+            {
+                "count": 980,
+                "stack": [
+                    "sync.runtime_SemacquireMutex",
+                    "sync.(*Mutex).lockSlow",
+                    "sync.(*Mutex).Lock",
+                    "main.ha\x1bndler",
+                ],
+            }
+        ],
     }
     return {"url": "http://127.0.0.1:6060", "gc": told | more}
 
@@ -486,10 +495,29 @@ def go(**more: Any) -> Told:
 def test_what_the_service_says_of_itself(tmp_path: Path) -> None:
     text = " ".join(analysis_of(tmp_path / "b", neighbour(), profiles=go())["sentences"])
     assert (
-        "stopped all goroutines 12 times, 4.20 ms in all; the longest stop took 1.30 ms, the "
-        "longest in the spike 700 us." in text
+        "stopped the world 12 times in the spike (40.0 times a second, 2.0 before), for 4.20 ms in "
+        "all, the longest 1.30 ms." in text
     )
-    assert "1,204 goroutines, 980 of them in sync.(*Mutex).Lock < main.ha\\x1bndler." in text
+    assert (
+        "1,204 goroutines when the watch fired, 980 of them in sync.(*Mutex).Lock < "
+        "main.ha\\x1bndler." in text
+    )
+    more = go(at_least=True, baseline=None, largest=[{"count": 9, "stack": ["runtime.gopark"]}])
+    text = " ".join(analysis_of(tmp_path / "c", neighbour(), profiles=more)["sentences"])
+    assert "stopped the world at least 12 times in the spike, for" in text
+    assert "9 of them in runtime.gopark." in text
+    headlines = [
+        headline(analysis_of(tmp_path / f"{count}", neighbour(), profiles=go(**more)))
+        for count, more in enumerate(({}, {"goroutines": 2000}))
+    ]
+    locked = "; 980 of 1,204 goroutines waited for a lock in main.ha\\x1bndler."
+    assert [text.endswith(locked) for text in headlines] == [True, False]
+    none = go(pauses=0)
+    text = " ".join(analysis_of(tmp_path / "d", neighbour(), profiles=none)["sentences"])
+    assert "did not stop the world in the spike (0.0 times a second, 2.0 before)." in text
+    none = go(pauses=0, at_least=True)
+    text = " ".join(analysis_of(tmp_path / "e", neighbour(), profiles=none)["sentences"])
+    assert "stop the world" not in text
 
 
 @pytest.mark.parametrize(
@@ -499,6 +527,9 @@ def test_what_the_service_says_of_itself(tmp_path: Path) -> None:
         {"pauses": "12", "longest": 3, "largest": [3]},
         {"pause_ns": 1e300, "largest": [{"count": "x", "stack": [1]}]},
         {"max_pause_ns": None, "longest": [{"end_realtime_ns": "x"}], "goroutines": -0.0},
+        {"seconds": 0, "baseline": {"seconds": "x", "pauses": 1}},
+        {"goroutines": 90, "largest": [{"count": 80, "stack": ["sync.(*Mutex).Lock", [], None]}]},
+        {"pauses": -1, "goroutines": -5, "baseline": {"seconds": 1e-300, "pauses": 9e18}},
     ],
 )
 def test_what_the_service_says_may_be_anything(tmp_path: Path, more: Told) -> None:
@@ -506,11 +537,21 @@ def test_what_the_service_says_may_be_anything(tmp_path: Path, more: Told) -> No
 
 
 def test_rows_that_are_missing_are_told(tmp_path: Path) -> None:
-    quality = {"degraded": [{"what": "waits under 1 ms have no row"}]}
-    analysis = analysis_of(tmp_path / "b", neighbour(), manifest={"quality": quality})
+    rows = neighbour()
+    kept = len(rows.waits)
+    totals = rows.capture()["totals"]
+    rows.tables["totals"] = totals | {"waits": [kept + 1]}
+    quality = {"row_threshold_ns": MS}
+    analysis = analysis_of(tmp_path / "b", rows, manifest={"quality": quality})
     assert analysis["thinned"]
     assert analysis["value"] == 11 * MS  # of rows that are left, a percentile says nothing
     assert "Some waits have no details" in " ".join(analysis["sentences"])
+    for lack, thinned in ((kept // 100 - 1, False), (kept // 50, True)):
+        rows.tables["totals"] = totals | {"waits": [kept + lack]}
+        quality = {"no_start": lack, "row_threshold_ns": 0}
+        analysis = analysis_of(tmp_path / str(lack), rows, manifest={"quality": quality})
+        assert analysis["thinned"] is thinned
+        assert ("no details" in " ".join(analysis["sentences"])) is thinned
 
 
 def test_a_bundle_without_rows(tmp_path: Path) -> None:

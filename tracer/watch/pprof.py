@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, Self
 
-from latrace.analysis import words
+from latrace.analysis import go_runtime, words
 from latrace.tracer.errors import UsageError
 
 from .fetch import Fetch, Fetcher, Url, parse_url
@@ -26,10 +26,10 @@ MARGIN_S: Final = 5.0
 WORKERS: Final = 4
 
 CPU: Final = "pprof-cpu.pb.gz"
-GOROUTINES: Final = "pprof-goroutines.txt"
+GOROUTINES: Final = go_runtime.GOROUTINES
 TRACE: Final = "pprof-trace.out"
-HEAP: Final = "pprof-heap.txt"
-HEAP_BEFORE: Final = "pprof-heap-before.txt"
+HEAP: Final = go_runtime.HEAP
+HEAP_BEFORE: Final = go_runtime.HEAP_BEFORE
 
 _PREFIX: Final = "/debug/pprof"
 
