@@ -29,7 +29,7 @@ SLICES_PER_S = 100_000
 """Beside threads that take turns fast, one wait alone can have dozens: above this, the shorter
 waits are recorded without who held them up. With `--min 0`, ten times as many."""
 
-TICK_S, QUIET_TICK_S = 0.1, 1.0
+TICK_S, QUIET_TICK_S, PACE_S = 0.1, 1.0, 0.5
 _SLICED_NS = 10_000  # as SLICED_NS in probes/causes.h
 _WAIT_PERIOD_NS, _BLOCKED_PERIOD_NS, _SLOW_BLOCKED_NS = 2_000_000, 20_000_000, 100_000_000
 _NEVER = 2**63 - 1
@@ -66,8 +66,12 @@ class Budget:
     _said_lost: bool = False
     _said_slices: bool = False
     _slice_tokens: int = 0
-    _last_switches: int = 0
     _last_waits: int = 0
+    _pace_s: float = 0.0
+    _pace_switches: int = 0
+    _pace_waits: int = 0
+    _switches_per_s: float = 0.0
+    _waits_per_s: float = 0.0
     _resting_ticks: int = 0
     _said_resting: bool = False
 
@@ -80,8 +84,8 @@ class Budget:
         control["slice_ns"] = _SLICED_NS
         self._fill_slices(TICK_S)
         self._history = [self.shared.slot_counts()]
-        self._last_s = time.monotonic()
-        self._last_switches = context_switches()
+        self._last_s = self._pace_s = time.monotonic()
+        self._pace_switches = context_switches()
 
     def _set_level(self, level: int) -> None:
         """Halve the stacks at each level: first what counts as slow, then the periods as well."""
@@ -133,13 +137,12 @@ class Budget:
         samples of the next tick that has them, so widths stay unbiased; fewer samples make them
         coarser.
         """
-        switches, waits = context_switches(), self.shared.waits()
-        rate, self._last_switches = (switches - self._last_switches) / elapsed, switches
-        waited, self._last_waits = (waits - self._last_waits) / elapsed, waits
+        self._last_waits = self.shared.waits()
+        self._measure_pace()
         resting = [what for name, what in _RESTING.items() if name in self.probes.programs]
         busy = bool(resting) and (
-            rate > self.share * _BUSY_SWITCHES_PER_S * _CPUS
-            or waited > self.share * _BUSY_WAITS_PER_S
+            self._switches_per_s > self.share * _BUSY_SWITCHES_PER_S * _CPUS
+            or self._waits_per_s > self.share * _BUSY_WAITS_PER_S
         )
         self._resting_ticks = (self._resting_ticks + 1) % _BUSY_SHARE if busy else 0
         for name in _RESTING:
@@ -152,8 +155,20 @@ class Budget:
             self._said_resting = True
             self.note(
                 f"{' and '.join(resting)} are seen in a quarter of the time",
-                f"{rate:,.0f} switches and {waited:,.0f} waits of the targets a second",
+                f"{self._switches_per_s:,.0f} switches and {self._waits_per_s:,.0f} waits of the"
+                " targets a second",
             )
+
+    def _measure_pace(self) -> None:
+        """How busy host and targets are; the kernel takes a while to tell, so not at each tick."""
+        now = time.monotonic()
+        passed_s = now - self._pace_s
+        if passed_s < PACE_S:
+            return
+        switches, waits = context_switches(), self.shared.waits()
+        self._switches_per_s = (switches - self._pace_switches) / passed_s
+        self._waits_per_s = (waits - self._pace_waits) / passed_s
+        self._pace_s, self._pace_switches, self._pace_waits = now, switches, waits
 
     def _adapt_slices(self, seconds: float) -> None:
         """Hand out slices for the next tick; the longest waits have them first."""

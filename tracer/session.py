@@ -47,8 +47,7 @@ if TYPE_CHECKING:
     from .outputs import OutputDir
 
 _FLUSH_S = 0.5
-_SLEEP_MIN_S, _SLEEP_MAX_S, _QUIET_SLEEP_S = 0.001, 0.1, 0.3
-"""Where there is nothing to do, and the last where nothing happens at all."""
+_SLEEP_MIN_S, _QUIET_SLEEP_S = 0.001, 0.3
 _SETTLE_S = 0.002  # programs that run on another CPU while we detach end within microseconds
 _LAST_SWITCH_S = 0.2
 _NAMED_PROCESSES = 100  # in the manifest: a fork bomb must not fill it
@@ -85,6 +84,9 @@ class Tracer:
     capture cannot be written. On exit everything is detached and the capture closed, complete
     unless an exception came through. `loading`: the probes, where loading them has begun already.
     """
+
+    sleep_max_s = 0.1
+    """Between two looks at a ring that is far from full."""
 
     def __init__(
         self,
@@ -254,7 +256,7 @@ class Tracer:
             if stop.is_set() or now >= end_s or self._all_ended():
                 return
             # Aim at a ring an eighth full at each look: no wake-up per event, none in vain.
-            most_s = _QUIET_SLEEP_S if quiet or self._budget.share < 1 else _SLEEP_MAX_S
+            most_s = _QUIET_SLEEP_S if quiet or self._budget.share < 1 else self.sleep_max_s
             sleep_s = min(max(sleep_s * min(2.0, 0.125 / max(used, 1e-3)), _SLEEP_MIN_S), most_s)
             self._sleep(min(sleep_s, max(0.0, end_s - now)))
 

@@ -48,7 +48,8 @@ if TYPE_CHECKING:
 
     from .bundle import Bundle
 
-TICK_S: Final = 0.1
+TICK_S: Final = 0.2
+"""So often the rules look, at least; each look has its price, and percentiles are of seconds."""
 SETTLE_S: Final = 1.0
 """No rule fires earlier: that we begin is felt by the target, too."""
 EPOCH_S: Final = 300.0
@@ -58,6 +59,7 @@ _MARKS: Final = 10  # in --before
 _SHARE: Final = 1 / 500  # of a CPU that marks may take, and as much again what stands behind them
 _STACKS_FOLLOW_S: Final = 0.6  # see recorder.STACK_FOLLOWS_NS
 _NAMES_FOLLOW_S: Final = 5.0
+_MEMORY_LEFT: Final = 3 / 4  # of --memory, once there is too much: not soon again
 _MOST_ENDED: Final = 100_000  # threads that ended within --before
 
 
@@ -93,6 +95,8 @@ class Watch(Tracer):
     `host`, `control` and `profiles` stay the caller's. `say` gets lines for people; `on_bundle`
     each bundle when it is on disk.
     """
+
+    sleep_max_s = TICK_S
 
     def __init__(
         self,
@@ -191,10 +195,10 @@ class Watch(Tracer):
                 rule.note(time.monotonic_ns(), int(rows.view(SOCKET)["segs"].sum()))
 
     def _keep(self, now: float) -> None:
-        if now >= self._mark_s:
+        if now >= self._mark_s or self._flight.exceeds(self._settings.memory_bytes):
             self._take_mark(now)
         if now >= self._look_s:
-            self._look_s = now + TICK_S
+            self._look_s = now + TICK_S / 2  # not just too early every other time
             self._look(time.monotonic_ns())
             self._on_look()
         if self._bundle is not None:
@@ -205,10 +209,10 @@ class Watch(Tracer):
 
     def _take_mark(self, now: float) -> None:
         """Flush, note how the counters stand, and drop what is too old or too much."""
-        began = time.thread_time()
         if now >= self._backdrop_s:
             self._take_backdrop(now)
         self._recorder.flush(time.monotonic_ns())
+        began = time.thread_time()  # rows cost what they cost, however often
         self._host.snapshot()
         if now >= self._epoch_s:
             self._epoch_s = now + EPOCH_S
@@ -253,7 +257,8 @@ class Watch(Tracer):
         while len(self._marks) > 1 and self._marks[1].at_ns <= begin_ns:
             self._marks.popleft()
         self._flight.drop(self._marks[0].at_ns, before_epoch=self._marks[0].epoch)
-        while self._flight.bytes > self._settings.memory_bytes:
+        excess = self._flight.exceeds(self._settings.memory_bytes)
+        while excess and self._flight.bytes > _MEMORY_LEFT * self._settings.memory_bytes:
             dropped_ns = self._flight.drop_oldest()
             if dropped_ns is None:
                 break
