@@ -113,7 +113,8 @@ class Explainer:
             return Explained(running.path, "", "it took too long")
         out, err = (_last_line(stream) for stream in process.communicate())
         if process.returncode:
-            return Explained(running.path, "", err or f"it ended with {process.returncode}")
+            cause = err.removeprefix("latrace: ") or f"it ended with {process.returncode}"
+            return Explained(running.path, "", cause)
         return Explained(running.path, out, "")
 
     def _tell(self, path: Path) -> None:

@@ -155,6 +155,10 @@ class FlightRecorder:
             self._names.popleft()
         self.bytes = sum(len(each.data) for each in (*self._pieces, *self._names))
 
+    def exceeds(self, most_bytes: int) -> bool:
+        """Whether more is kept, and some of it can go."""
+        return self.bytes > most_bytes and bool(self._pieces)
+
     def drop_oldest(self) -> int | None:
         """Drop the oldest piece of rows; returns when its last row was; None: there is none."""
         if not self._pieces:
