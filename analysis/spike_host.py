@@ -20,6 +20,10 @@ _BUSY_PERCENT: Final = 20.0
 _SHOWN: Final = 3
 _LISTED: Final = 10
 _FRAMES: Final = 3
+_TOOLS: Final = {
+    "pprof-cpu.pb.gz": "`go tool pprof pprof-cpu.pb.gz`",
+    "pprof-trace.out": "`go tool trace pprof-trace.out`",
+}
 _CROWD: Final = 10
 _LOCKS: Final = ("sync.(*Mutex).", "sync.(*RWMutex).")
 _INNERMOST: Final = 4  # frames in which a lock's own functions stand
@@ -99,6 +103,18 @@ def service_words(spike: Spike) -> Iterator[str]:
             path = " < ".join(fit(visible(name), 48) for name in _telling(stack)[:_FRAMES])
             text += f", {count:,} of them in {path}"
         yield f"{text}."
+
+
+def profile_words(spike: Spike) -> Iterator[str]:
+    """Say in sentences which of the service's own profiles are there, and how to read them."""
+    files, errors = (spike.profiles.get(key) for key in ("files", "errors"))
+    found = [tool for name, tool in _TOOLS.items() if isinstance(files, list) and name in files]
+    if found:
+        yield f"Beside this report, of the seconds after the watch fired: {', '.join(found)}."
+    missing = [text for text in errors if isinstance(text, str)] if isinstance(errors, list) else []
+    if missing:
+        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+        yield f"A profile of the service is missing: {fit(visible(missing[0]), 160)}{more}."
 
 
 def lock_words(spike: Spike) -> str:

@@ -14,12 +14,15 @@ from latrace.analysis import retransmits_text
 from latrace.analysis.attribution_text import SHORT
 from latrace.analysis.page import BOLD, Page, comm
 from latrace.analysis.spike_file import Spike, Trigger
-from latrace.analysis.spike_host import host_words, service_words
+from latrace.analysis.spike_host import host_words, profile_words, service_words
 from latrace.analysis.spike_windows import percentile
 from latrace.analysis.words import duration, fit, percent, plural, visible
 
 Analysis = Mapping[str, Any]
 Line = Mapping[str, Any]
+
+COLLECTED: Final = 1 / 3
+"""Of the work on the CPU: when so much is that of Go's garbage collector, it is named."""
 
 _LONGEST_RULE: Final = 60
 _LONGEST_NAME: Final = 48
@@ -27,7 +30,6 @@ _LONGEST_REASON: Final = 160
 _TOLD = 2  # of what grew, beside the reason
 _NOTABLE_NS_PER_S = 10_000_000
 _NEARLY = 0.9
-_COLLECTED = 1 / 3  # of the work
 _NOTES = 5
 
 _CALLS: Final = {
@@ -92,9 +94,9 @@ def cause_words(analysis: Analysis) -> str:
     if cause == "blocked":
         return f"threads blocked in {name or 'no system call'}{_at(analysis['where'])}"
     if cause == "lost":
-        return f"lost TCP segments{f' of {name}' if name else ''}"
+        return f"lost TCP segments{f' to {name}' if name else ''}"
     if cause == "on_cpu":
-        return f"its own work on the CPU{_doing(analysis['where'])}"
+        return f"its own work on the CPU{doing(analysis['where'])}"
     return f"{name}: {_PARTS[cause]}" if cause else ""
 
 
@@ -145,6 +147,7 @@ def sentences(analysis: Analysis, spike: Spike) -> list[str]:
         *then,
         _sleeps(analysis),
         *host_words(spike, analysis["cpu_users"]),
+        *profile_words(spike),
         *_how_sure(analysis, spike),
     ]
     return [text for text in told if text]
@@ -245,7 +248,7 @@ def _growth(line: Line, analysis: Analysis) -> str:
 def _details(where: Line | None) -> str:
     if not where:
         return ""
-    text = _doing(where)
+    text = doing(where)
     waker = where["waker"]
     if waker and waker["share"] >= 0.2:
         text += (
@@ -270,7 +273,7 @@ def _grew(analysis: Analysis) -> Iterator[str]:
     ]
     if others:
         said = "; ".join(
-            _growth(line, analysis) + _at(line if "function" in line else None)
+            _growth(line, analysis) + doing(line if "function" in line else None)
             for line in others[:_TOLD]
         )
         yield f"Beside that, {said}."
@@ -295,7 +298,9 @@ def _losses(analysis: Analysis) -> str:
     peers = lost["by_peer"]
     to = f" to {_name(peers[0]['peer'])}" if peers else ""
     more = f" and {plural(lost['peers'] - 1, 'other peer')}" if lost["peers"] > 1 else ""
+    first = analysis["cause"] == "lost" and bool(to)  # how many was said just before
     text = f"{plural(lost['segs'], 'TCP segment')} had to be sent again{to}{more}"
+    text = f"They went{to}{more}" if first else text
     if lost["lengthened_count"]:
         text += (
             f"; {plural(lost['lengthened_count'], 'blocking call')} waited for what was lost, "
@@ -445,9 +450,9 @@ def _in(line: Line) -> str:
     return f", in {_name(line['function'])}" if line["function"] else ""
 
 
-def _doing(where: Line | None) -> str:
-    """Say where work on the CPU was done."""
-    if where and where["collector"] >= _COLLECTED:
+def doing(where: Line | None) -> str:
+    """Say where work on the CPU was done: `, in compress_block`."""
+    if where and where["collector"] >= COLLECTED:
         return f", {percent(where['collector'], 1)} of it in Go's garbage collector"
     return _at(where)
 

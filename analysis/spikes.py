@@ -127,7 +127,9 @@ def analyse(capture: Capture, spike: Spike, windows: Windows | None = None) -> d
         **reason,
         "where": where(capture, first, timelines[0]) if first else None,
         "grew": [
-            {**line, **where(capture, line, timelines[0])} if line["what"] == "blocked" else line
+            line
+            if line["what"] not in {"blocked", "on_cpu"}
+            else {**line, **where(capture, line, timelines[0])}
             for line in grew[:_TOP]
         ],
         "locked": lock_words(spike),

@@ -117,7 +117,7 @@ def _what(line: Mapping[str, Any]) -> str:
     if what == "wait":
         return f"{elements.swatch('c-' + line['name'])}waiting: {wording.CAUSES[line['name']]}"
     if what == "on_cpu":
-        return "on the CPU"
+        return f"on the CPU{prose(spike_text.doing(line))}"
     if what == "lost":
         return f"{elements.swatch('net')}blocked while TCP segments were lost"
     call = f"blocked in {name(line['name'])}" if line["name"] else "blocked in no system call"

@@ -73,6 +73,7 @@ def test_the_spike_against_the_time_before(tmp_path: Path) -> None:
         "Go's garbage collector stopped the world 15 times in the spike (50.0 times a second, 0.8 "
         "before), for 1.50 ms in all, the longest 100 us." in told.analysis["sentences"]
     )
+    assert not any("go tool" in text for text in told.analysis["sentences"])
     assert told.analysis["locked"] == "49 of 61 goroutines waited for a lock in main.holdLock"
 
 
@@ -108,6 +109,19 @@ def test_a_gap_before_the_spike_does_not_matter() -> None:
     assert (told["pauses"], told["at_least"]) == (0, False)
     told = summarise_go(heap(*old), heap(*old, *new), None, SPIKE - 8 * S, SPIKE + S)
     assert (told["pauses"], told["at_least"]) == (256, True)
+
+
+def test_which_profiles_are_there(tmp_path: Path) -> None:
+    errors = ["pprof-trace.out: answers\x1b[2J 500", "x", 3]
+    profiles = {"files": ["pprof-cpu.pb.gz"], "errors": errors}
+    path = write_bundle(tmp_path / "b", neighbour(), document(profiles=profiles))
+    told = explain(open_capture(path))
+    assert told is not None
+    assert told.analysis["sentences"][-2:] == [
+        "Beside this report, of the seconds after the watch fired: "
+        "`go tool pprof pprof-cpu.pb.gz`.",
+        "A profile of the service is missing: pprof-trace.out: answers\\x1b[2J 500 (and 1 more).",
+    ]
 
 
 @pytest.mark.parametrize("listed", [None, 3, [], ["pprof-cpu.pb.gz", 3], "pprof-heap.txt"])

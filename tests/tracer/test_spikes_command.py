@@ -82,6 +82,31 @@ def test_one_line_for_each_the_newest_last(
     assert f"report -i {folder / FOURTH}" in err
 
 
+@pytest.mark.parametrize(
+    ("told", "mostly"),
+    [
+        ({"where": {"collector": 0.2}, "locked": ""}, "own work"),
+        ({"where": {"collector": 0.8}, "locked": ""}, "Go's collector"),
+        ({"where": {"collector": 0.0}, "locked": "60 of 81 goroutines"}, "goroutine lock"),
+        ({"where": None}, "own work"),
+    ],
+)
+def test_a_service_by_its_own_metric(
+    tmp_path: Path, told: dict[str, Any], mostly: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / FIRST).mkdir()
+    fired = trigger(rule="--metric took_s P99", kind="metric", value=0.4, unit="s")
+    analysis = {"cause": "on_cpu", "name": "", "culprit": None, "value": 0.4} | told
+    (tmp_path / FIRST / "spike.json").write_text(
+        json.dumps(document(fired) | {"analysis": analysis})
+    )
+    (tmp_path / FIRST / "manifest.json").write_text('{"complete": true}')
+    command(str(tmp_path))
+    (_, line) = capsys.readouterr().out.splitlines()
+    assert "  took_s P99 " in line
+    assert f" 400 ms  {mostly} " in line
+
+
 def test_as_json(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command(str(folder), "--json")
     out, err = capsys.readouterr()
@@ -128,6 +153,8 @@ def hostile_documents() -> list[Any]:
     parts: list[Any] = [[], 3, "x", {}, whole, {"cause": 3}, {"cause": "own", "culprit": [1]}]
     parts += [{"cause": "blocked", "name": HOSTILE, "value": 10**400}, {"cause": {}, "value": "x"}]
     parts += [{"cause": "blocked", "name": "\ud800"}, {"value": True}]
+    parts += [{"cause": "on_cpu", "where": 3, "locked": [HOSTILE]}]
+    parts += [{"cause": "on_cpu", "where": {"collector": HOSTILE}, "locked": ""}]
     return [told | {"analysis": part} for part in parts]
 
 

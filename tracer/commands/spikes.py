@@ -217,7 +217,9 @@ def _words(one: Listed, room: int) -> tuple[str, str, str]:
         return "damaged" if one.trouble else "not complete", "-", "-"
     trigger = one.spike.main
     more = f" +{len(one.spike.triggers) - 1}" if len(one.spike.triggers) > 1 else ""
-    rule = visible(trigger.rule.removeprefix("--")) or trigger.kind
+    # Of a metric its name tells more than what it was asked for with.
+    rule = trigger.rule.removeprefix("--metric ").removeprefix("--")
+    rule = visible(rule) or trigger.kind
     fired = fit(rule, _FIRED - cells(more)) + more
     told = one.spike.document.get("analysis")
     told = told if isinstance(told, dict) else {}
@@ -235,11 +237,18 @@ def _words(one: Listed, room: int) -> tuple[str, str, str]:
 def _why(told: Mapping[str, Any]) -> str:
     """The culprit, or else the main cause: the file may say anything."""
     from latrace.analysis.attribution_text import SHORT  # noqa: PLC0415
+    from latrace.analysis.spike_text import COLLECTED  # noqa: PLC0415
 
     cause, culprit, name = (told.get(key) for key in ("cause", "culprit", "name"))
     cause, name = (visible(text) if isinstance(text, str) else "" for text in (cause, name))
     comm = culprit.get("comm") if isinstance(culprit, dict) else None
     if isinstance(comm, str) and comm:
         return f"own {visible(comm)}" if cause == "own" else visible(comm)
+    where, locked = told.get("where"), told.get("locked")
+    if cause == "on_cpu" and isinstance(locked, str) and locked:
+        return "goroutine lock"
+    collector = where.get("collector") if isinstance(where, dict) else None
+    if cause == "on_cpu" and isinstance(collector, float) and collector >= COLLECTED:
+        return "Go's collector"
     words = {"lost": "lost segments", "on_cpu": "own work", "blocked": name or "blocked", "": "-"}
     return words.get(cause) or SHORT.get(cause) or name or cause
