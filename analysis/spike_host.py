@@ -21,8 +21,8 @@ _SHOWN: Final = 3
 _LISTED: Final = 10
 _FRAMES: Final = 3
 _TOOLS: Final = {
-    "pprof-cpu.pb.gz": "`go tool pprof pprof-cpu.pb.gz`",
-    "pprof-trace.out": "`go tool trace pprof-trace.out`",
+    "pprof-cpu.pb.gz": "go tool pprof pprof-cpu.pb.gz",
+    "pprof-trace.out": "go tool trace pprof-trace.out",
 }
 _CROWD: Final = 10
 _LOCKS: Final = ("sync.(*Mutex).", "sync.(*RWMutex).")
@@ -110,7 +110,8 @@ def profile_words(spike: Spike) -> Iterator[str]:
     files, errors = (spike.profiles.get(key) for key in ("files", "errors"))
     found = [tool for name, tool in _TOOLS.items() if isinstance(files, list) and name in files]
     if found:
-        yield f"Beside this report, of the seconds after the watch fired: {', '.join(found)}."
+        tools = ", ".join(found)
+        yield f"The bundle has profiles of the seconds after the watch fired ({tools})."
     missing = [text for text in errors if isinstance(text, str)] if isinstance(errors, list) else []
     if missing:
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""

@@ -226,7 +226,8 @@ def _late(analysis: Analysis) -> str:
 
 def _most(analysis: Analysis, line: Line) -> str:
     """Say what took more of each second than before, when that is the reason."""
-    return f"What grew most: {_growth(line, analysis)}{_details(analysis['where'])}."
+    locked = f"; {analysis['locked']}" if analysis["locked"] else ""
+    return f"What grew most: {_growth(line, analysis)}{_details(analysis['where'])}{locked}."
 
 
 def _growth(line: Line, analysis: Analysis) -> str:

@@ -118,8 +118,8 @@ def test_which_profiles_are_there(tmp_path: Path) -> None:
     told = explain(open_capture(path))
     assert told is not None
     assert told.analysis["sentences"][-2:] == [
-        "Beside this report, of the seconds after the watch fired: "
-        "`go tool pprof pprof-cpu.pb.gz`.",
+        "The bundle has profiles of the seconds after the watch fired "
+        "(go tool pprof pprof-cpu.pb.gz).",
         "A profile of the service is missing: pprof-trace.out: answers\\x1b[2J 500 (and 1 more).",
     ]
 
