@@ -90,7 +90,7 @@ def cause_words(analysis: Analysis) -> str:
             who = f"{most} {_culprit(culprit)}"
         elif analysis["quota"]:
             who = f": {_name(analysis['quota'].get('cgroup', ''))}"
-        return f"{percent(share, 1)} {SHORT[cause]}{who}"
+        return f"{percent(share, 1)} {SHORT[cause]}{who}{_collecting(analysis)}"
     if cause == "blocked":
         return f"threads blocked in {name or 'no system call'}{_at(analysis['where'])}"
     if cause == "lost":
@@ -449,6 +449,16 @@ def _culprit(line: Line) -> str:
 
 def _in(line: Line) -> str:
     return f", in {_name(line['function'])}" if line["function"] else ""
+
+
+def _collecting(analysis: Analysis) -> str:
+    """Say whose work it was that the own threads did, where that is known."""
+    if analysis["cause"] != "own":
+        return ""
+    share = max((line.get("collector", 0.0) for line in analysis["grew"]), default=0.0)
+    if share < COLLECTED:
+        return ""
+    return f"; {percent(share, 1)} of its work on the CPU was Go's garbage collector"
 
 
 def doing(where: Line | None) -> str:

@@ -26,6 +26,7 @@ from test_go_runtime import GOROUTINES, heap
 
 from latrace.analysis.capture import open_capture
 from latrace.analysis.go_runtime import summarise_go
+from latrace.analysis.spike_text import headline
 from latrace.analysis.spikes import explain
 
 FILES = ["pprof-heap-before.txt", "pprof-heap.txt", "pprof-goroutines.txt"]
@@ -217,3 +218,25 @@ def test_threads_of_go_without_work_are_no_reason(
     else:
         assert told.analysis["cause"] == "blocked"
         assert told.analysis["where"]["function"] == "main.handler"
+
+
+def test_own_threads_that_collect_garbage(tmp_path: Path) -> None:
+    """Where threads wait for each other, it is told whose work the others did."""
+    rows = Rows()
+    rows.steady(0, 8 * S)
+    for at in range(50):
+        rows.wait(8 * S + at * 20 * MS, 12 * MS, "own")
+    rows.tables |= _stacks(MARKS, OWN)
+    rows.samples = [
+        {
+            **{"tid": 5, "tgid": 5, "weight_ns": 20 * MS},
+            **{"ts_ns": START_NS + 8 * S + at * 20 * MS, "stack": at % 4 // 3},
+        }
+        for at in range(45)
+    ]
+    told = explain(open_capture(write_bundle(tmp_path / "b", rows, document())))
+    assert told is not None
+    assert told.analysis["cause"] == "own"
+    assert headline(told.analysis).endswith(
+        " 100 % own threads; 76 % of its work on the CPU was Go's garbage collector."
+    )
