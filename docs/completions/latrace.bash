@@ -19,21 +19,21 @@ _latrace() {
             mapfile -t COMPREPLY < <(compgen -W "wait offcpu culprit waker wall" -- "$word")
             return
             ;;
-        attach:--comm)
+        attach:--comm | watch:--comm)
             while IFS= read -r name; do
                 [[ $name != "$word"* ]] || COMPREPLY+=("$(printf '%q' "$name")")
             done < <(cat /proc/[0-9]*/comm 2>/dev/null | sort -u)
             return
             ;;
-        attach:--cgroup | attach:-o | attach:--output | run:-o | run:--output | tcp:-o | tcp:--output | tcp:-i | tcp:--input | flame:-i | flame:--input | report:-i | report:--input | demo:-o | demo:--output)
+        attach:--cgroup | attach:-o | attach:--output | run:-o | run:--output | watch:--cgroup | watch:-o | watch:--output | tcp:-o | tcp:--output | tcp:-i | tcp:--input | flame:-i | flame:--input | report:-i | report:--input | demo:-o | demo:--output)
             compopt -o filenames; mapfile -t COMPREPLY < <(compgen -d -- "$word")
             return
             ;;
-        attach:-d | attach:--duration | attach:--min | attach:--slow | attach:--stack-budget | attach:--cpu-samples | attach:--without | attach:--ring-size | run:-d | run:--duration | run:--min | run:--slow | run:--stack-budget | run:--cpu-samples | run:--without | run:--ring-size | tcp:-d | tcp:--duration | report:--since | report:--until | report:--over | report:-o | report:--output | diff:-o | diff:--output | demo:-d | demo:--duration)
+        attach:-d | attach:--duration | attach:--min | attach:--slow | attach:--stack-budget | attach:--cpu-samples | attach:--without | attach:--ring-size | run:-d | run:--duration | run:--min | run:--slow | run:--stack-budget | run:--cpu-samples | run:--without | run:--ring-size | watch:--p50 | watch:--p90 | watch:--p95 | watch:--p99 | watch:--p999 | watch:--p99-ratio | watch:--floor | watch:--max | watch:--retransmits | watch:--metrics | watch:--metric | watch:--quantile | watch:--above | watch:--pprof | watch:--window | watch:--min-count | watch:--before | watch:--after | watch:--cooldown | watch:--memory | watch:--keep | watch:--disk | watch:--on-spike | watch:--budget | watch:-d | watch:--duration | watch:--min | watch:--slow | watch:--stack-budget | watch:--cpu-samples | watch:--without | watch:--ring-size | trigger:--watch | tcp:-d | tcp:--duration | report:--since | report:--until | report:--over | report:-o | report:--output | diff:-o | diff:--output | demo:-d | demo:--duration)
             :
             return
             ;;
-        attach:-p | attach:--pid | attach:-t | attach:--tid | tcp:-p | tcp:--pid | report:-t | report:--tid)
+        attach:-p | attach:--pid | attach:-t | attach:--tid | watch:-p | watch:--pid | watch:-t | watch:--tid | tcp:-p | tcp:--pid | report:-t | report:--tid)
             for name in /proc/[0-9]*; do
                 [[ ${name#/proc/} != "$word"* ]] || COMPREPLY+=("${name#/proc/}")
             done
@@ -51,9 +51,12 @@ _latrace() {
     fi
     local words=''
     case "$verb" in
-        '') words='attach run tcp flame report diff doctor demo --version -h --help' ;;
+        '') words='attach run watch trigger spikes tcp flame report diff doctor demo --version -h --help' ;;
         attach) words='-p --pid -t --tid --comm --cgroup --children -d --duration -o --output -f --force --min --slow --no-stacks --stack-budget --cpu-samples --without --ring-size --json -v --verbose -q --quiet -h --help' ;;
         run) words='--children -d --duration -o --output -f --force --min --slow --no-stacks --stack-budget --cpu-samples --without --ring-size --json -v --verbose -q --quiet -h --help' ;;
+        watch) words='-p --pid -t --tid --comm --cgroup --children --p50 --p90 --p95 --p99 --p999 --p99-ratio --floor --max --retransmits --metrics --metric --quantile --above --pprof --window --min-count --before --after --cooldown --memory -o --output --keep --disk --on-spike --once --budget -d --duration --min --slow --no-stacks --stack-budget --cpu-samples --without --ring-size --json -v --verbose -q --quiet -h --help' ;;
+        trigger) words='--watch -h --help' ;;
+        spikes) words='--json -h --help' ;;
         tcp) words='-p --pid -a --all -d --duration -o --output -f --force -i --input --json -v --verbose -q --quiet -h --help' ;;
         flame) words='-i --input --kind --format -f --force -q --quiet -h --help' ;;
         report) words='-i --input --since --until -t --tid --over --json -o --output -f --force -q --quiet -h --help' ;;

@@ -6,6 +6,9 @@ local -a verbs
 verbs=(
     'attach:Trace processes until Ctrl-C, a duration or their end'
     'run:Start a program and trace it from its first instruction'
+    'watch:Capture a spike of P99 by itself, with the seconds before it'
+    'trigger:Make a running watch keep these seconds, with a reason'
+    'spikes:List what a watch has captured\: when, what fired, how bad, and why'
     'tcp:Show TCP retransmits as they happen, then by connection'
     'flame:Draw where the threads waited, and for whom, as a flame graph'
     'report:Tell why the threads waited\: in words, as JSON or as a page'
@@ -60,6 +63,64 @@ case $line[1] in
             '(-q --quiet)'{-q,--quiet}'[Say nothing on the way but warnings.]' \
             '(-h --help)'{-h,--help}'[Show the help.]' \
             '*::command:_normal'
+        ;;
+    watch)
+        _arguments -s \
+            '(-p --pid)'{-p,--pid}'[Processes\: all their threads, present and future.]:PID\[,PID\]:_pids' \
+            '(-t --tid)'{-t,--tid}'[Single threads.]:TID\[,TID\]:_pids' \
+            ''--comm'[Processes by name; a trailing * is a prefix.]:NAME\[,NAME\]: ' \
+            ''--cgroup'[All processes of a cgroup, present and future\: its directory, or its path in the cpu (v1) or unified (v2) hierarchy. May be repeated.]:PATH:_files -/' \
+            ''--children'[Also all descendants alive now, and all forked later.]' \
+            ''--p50'[Fire when the median is above this.]:\[sleep=\]TIME: ' \
+            ''--p90'[The same of the 90th percentile.]:\[sleep=\]TIME: ' \
+            ''--p95'[The same of the 95th.]:\[sleep=\]TIME: ' \
+            ''--p99'[The same of the 99th\: 10ms is of waits for a CPU, sleep=10ms of how late sleep calls came back. Every rule may be given more than once.]:\[sleep=\]TIME: ' \
+            ''--p999'[The same of the 99.9th.]:\[sleep=\]TIME: ' \
+            ''--p99-ratio'[Fire when the P99 is N times what is usual here. Without any rule\: 3.]:\[sleep=\]N: ' \
+            ''--floor'[With --p99-ratio\: below this is no spike.]:TIME: ' \
+            ''--max'[Fire when a single wait is longer than this.]:\[sleep=\]TIME: ' \
+            ''--retransmits'[Fire when so many TCP segments are sent again within the window.]:N: ' \
+            ''--metrics'[Ask the application itself, for its Prometheus metrics, once a second.]:URL: ' \
+            ''--metric'[The histogram or summary of its latency; NAME{label="value"} takes some series.]:NAME: ' \
+            ''--quantile'[Which quantile of it.]:Q: ' \
+            ''--above'[Fire when that is above this.]:TIME: ' \
+            ''--pprof'[Lay the profiles of a Go service into the bundle\: http\://127.0.0.1\:6060.]:URL: ' \
+            ''--window'[Over how long percentiles are taken.]:TIME: ' \
+            ''--min-count'[Fewer values in the window are no percentile.]:N: ' \
+            ''--before'[What a bundle has from before the moment.]:TIME: ' \
+            ''--after'[What it has from after the moment.]:TIME: ' \
+            ''--cooldown'[At least so long from one bundle to the next.]:TIME: ' \
+            ''--memory'[For what is kept; the oldest goes first.]:SIZE: ' \
+            '(-o --output)'{-o,--output}'[Where the bundles go.]:DIR:_files -/' \
+            ''--keep'[Bundles to keep; the oldest goes first.]:N: ' \
+            ''--disk'[The same, by what they take together.]:SIZE: ' \
+            ''--on-spike'[Run this as you, with the bundle'\''s path behind it; not by a shell.]:CMD: ' \
+            ''--once'[End after the first bundle.]' \
+            ''--budget'[Of one CPU, for our own work; above it there are fewer details.]:PERCENT: ' \
+            '(-d --duration)'{-d,--duration}'[Stop after this long\: 30s, 5m; a bare number is seconds.]:TIME: ' \
+            ''--min'[Record only waits of at least this in detail; 0 records all and never adapts. Without it\: all, until there are too many. Counts and percentiles are exact anyway.]:TIME: ' \
+            ''--slow'[A wait of at least this gets its stack.]:TIME: ' \
+            ''--no-stacks'[Take no stacks\: cheaper, no flame graph.]' \
+            ''--stack-budget'[Take at most so many stacks per second.]:N: ' \
+            ''--cpu-samples'[See what the targets do on the CPU, so many times a second on each; 0\: never.]:HZ: ' \
+            ''--without'[Leave out, to be cheaper\: causes (why a wait was long), culprits (who had the CPU then), interrupts (they count as the thread'\''s that they came in), sleeps (sleep calls).]:PART\[,PART\]: ' \
+            ''--ring-size'[Buffer between kernel and latrace, a power of two. Without it\: 16M; with --min 0\: 64M.]:SIZE: ' \
+            ''--json'[Print the report as JSON, for machines.]' \
+            '(-v --verbose)'{-v,--verbose}'[Say more on the way.]' \
+            '(-q --quiet)'{-q,--quiet}'[Say nothing on the way but warnings.]' \
+            '(-h --help)'{-h,--help}'[Show the help.]'
+        ;;
+    trigger)
+        _arguments -s \
+            ''--watch'[Which watch is meant, where several run.]:PID: ' \
+            '(-h --help)'{-h,--help}'[Show the help.]' \
+            '1:REASON: '
+        ;;
+    spikes)
+        _arguments -s \
+            ''--json'[Print them as JSON, for machines.]' \
+            '(-h --help)'{-h,--help}'[Show the help.]' \
+            '1:DIR:_files -/'
         ;;
     tcp)
         _arguments -s \
