@@ -8,7 +8,6 @@ from __future__ import annotations
 import gzip
 import os
 import select
-import shutil
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ from pathlib import Path
 
 import pytest
 from network import Host, two_hosts
+from traffic import WORKLOADS, build_service
 
 from latrace.analysis.go_runtime import parse_memstats, summarise_go
 from latrace.tracer.watch import metrics as metrics_module
@@ -28,27 +28,13 @@ from latrace.tracer.watch.pprof import FILES, Profiles, parse_pprof_url
 
 pytestmark = pytest.mark.kernel
 
-WORKLOADS = Path(__file__).resolve().parents[1] / "workloads"
 TOOK = "http_request_duration_seconds"
 
 
 @pytest.fixture(scope="session")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The workload tests/workloads/service, compiled by the distribution's Go."""
-    if shutil.which("go") is None:
-        if os.environ.get("LATRACE_REQUIRE_KERNEL") == "1":
-            pytest.fail("needs the distribution's golang-go", pytrace=False)
-        pytest.skip("needs the distribution's golang-go")
-    folder = tmp_path_factory.mktemp("service")
-    env = os.environ | {
-        "GOFLAGS": "-mod=mod",
-        "GOPROXY": "off",
-        "GOCACHE": str(folder / "cache"),
-        "CGO_ENABLED": "0",
-    }
-    command = ["go", "build", "-o", folder / "service", "."]
-    subprocess.run(command, cwd=WORKLOADS / "service", env=env, check=True)
-    return folder / "service"
+    return build_service(tmp_path_factory.mktemp("service"))
 
 
 @dataclass
