@@ -85,7 +85,7 @@ complete -c latrace -n '__fish_seen_subcommand_from watch' -s h -l help -d 'Show
 complete -c latrace -n __fish_use_subcommand -a trigger -d 'Make a running watch keep these seconds, with a reason'
 complete -c latrace -n '__fish_seen_subcommand_from trigger' -l watch -x -d 'Which watch is meant, where several run.'
 complete -c latrace -n '__fish_seen_subcommand_from trigger' -s h -l help -d 'Show the help.'
-complete -c latrace -n __fish_use_subcommand -a spikes -d 'List what a watch has captured: when, what fired, how bad, and why'
+complete -c latrace -n __fish_use_subcommand -a spikes -d 'List what a watch has captured: when, how bad, and why'
 complete -c latrace -n '__fish_seen_subcommand_from spikes' -l json -d 'Print them as JSON, for machines.'
 complete -c latrace -n '__fish_seen_subcommand_from spikes' -s h -l help -d 'Show the help.'
 complete -c latrace -n __fish_use_subcommand -a tcp -d 'Show TCP retransmits as they happen, then by connection'

@@ -8,7 +8,7 @@ verbs=(
     'run:Start a program and trace it from its first instruction'
     'watch:Capture a spike of P99 by itself, with the seconds before it'
     'trigger:Make a running watch keep these seconds, with a reason'
-    'spikes:List what a watch has captured\: when, what fired, how bad, and why'
+    'spikes:List what a watch has captured\: when, how bad, and why'
     'tcp:Show TCP retransmits as they happen, then by connection'
     'flame:Draw where the threads waited, and for whom, as a flame graph'
     'report:Tell why the threads waited\: in words, as JSON or as a page'

@@ -54,7 +54,7 @@ class Listed:
 
 
 def spikes(*, folder: Folder = Path(DEFAULT_NAME), as_json: Json = False) -> None:
-    """List what a watch has captured: when, what fired, how bad, and why.
+    """List what a watch has captured: when, how bad, and why.
 
     The newest is the last. Needs no root.
 
