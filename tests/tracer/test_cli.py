@@ -27,7 +27,19 @@ from latrace.tracer.options import Options
 from latrace.tracer.outputs import OutputDir
 from latrace.tracer.processes import read_task
 
-COMMANDS = ("attach", "run", "watch", "trigger", "spikes", "tcp", "flame", "report", "diff", "doctor", "demo")
+COMMANDS = (
+    "attach",
+    "run",
+    "watch",
+    "trigger",
+    "spikes",
+    "tcp",
+    "flame",
+    "report",
+    "diff",
+    "doctor",
+    "demo",
+)
 LATRACE = (
     *(sys.executable, "-c"),
     "import sys; from latrace.tracer.cli import main; sys.exit(main())",
