@@ -12,7 +12,8 @@ from watching import build_steady, hog, steady, watching
 
 from latrace.analysis.summary import summarise
 
-pytestmark = pytest.mark.kernel
+# What else a shared machine does can be a spike of its own, or hide one.
+pytestmark = [pytest.mark.kernel, pytest.mark.flaky(reruns=2)]
 
 QUICK = ("--before", "4s", "--after", "1s", "--cooldown", "2s", "--window", "3s")
 

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from watching import Watching, build_steady, steady, watching
 
-pytestmark = pytest.mark.kernel
+# What else a shared machine does can be a spike of its own, or hide one.
+pytestmark = [pytest.mark.kernel, pytest.mark.flaky(reruns=2)]
 
 
 def _manifest(watch: Watching, count: int) -> dict[str, Any]:
@@ -27,12 +28,12 @@ def test_over_the_budget_and_back(tmp_path: Path) -> None:
         steady(program, threads=16, period_us=1500, work_us=5) as busy,
         watching(
             tmp_path / "s",
-            "--pid", f"{calm.pid},{busy.pid}", "--max", "10s", "--budget", "1.5%",
+            "--pid", f"{calm.pid},{busy.pid}", "--max", "10s", "--budget", "2%",
             "--before", "4s", "--after", "1s", "--cooldown", "0",
         ) as watch,
     ):  # fmt: skip
         told = watch.wait_for("!!! fewer details: it cost ")
-        assert told.endswith("over the budget of 1.5 %")
+        assert told.endswith("over the budget of 2 %")
         time.sleep(6)
         before = _manifest(watch, 1)
         # Some ten thousand waits a second are counted, and few of them have a row.
@@ -40,7 +41,7 @@ def test_over_the_budget_and_back(tmp_path: Path) -> None:
         assert quality["waits"] > 20_000
         assert quality["row_threshold_ns"] > 0
         (note,) = [each for each in quality["degraded"] if each["what"].startswith("fewer waits")]
-        assert "over the budget of 1.5 %" in note["why"]
+        assert "over the budget of 2 %" in note["why"]
         busy.process.kill()
         watch.wait_for("all details again: it costs ", timeout_s=120)
         time.sleep(5)  # none of the busy seconds is kept any more

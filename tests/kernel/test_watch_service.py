@@ -22,7 +22,8 @@ from watching import Watching, watching
 
 from latrace.analysis.go_runtime import parse_memstats
 
-pytestmark = pytest.mark.kernel
+# What else a shared machine does can be a spike of its own, or hide one.
+pytestmark = [pytest.mark.kernel, pytest.mark.flaky(reruns=2)]
 
 QUICK = ("--before", "6s", "--after", "2s", "--window", "3s", "--cooldown", "1s")
 TOOK = "http_request_duration_seconds"

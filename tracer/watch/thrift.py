@@ -2,7 +2,7 @@
 
 The cost is the reader's CPU time and the run time of the probes (tracer/cost.py), in percent of one
 CPU. Above the budget the share of rows, culprits, stacks and samples that there may be is lowered
-by as much as the cost is too high; below half of it the share is doubled, until it is whole again.
+by as much as the cost is too high; well below it the share is doubled, until it is whole again.
 Counts and percentiles, and so the rules that fire, stay exact.
 """
 
@@ -17,6 +17,7 @@ from latrace.tracer.cost import Cost
 from latrace.tracer.sampling import Sampler
 
 LEAST_SHARE: Final = 1 / 64
+_WELL_BELOW: Final = 0.8
 _LOWER_BY_AT_MOST: Final = 1 / 4
 _LOWER_BY_AT_LEAST: Final = 2 / 3
 
@@ -75,7 +76,7 @@ class Thrift:
                 self._budget.note(what, f"{cost} at this rate of waits")
                 self._say(f"!!! {what}: {cost}")
             return
-        if share < 1.0 and spent < self._limit / 2:
+        if share < 1.0 and spent < _WELL_BELOW * self._limit:
             self._set(min(1.0, share * 2))
             if self._budget.share == 1.0:
                 self._told_floor = False
