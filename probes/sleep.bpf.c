@@ -398,6 +398,7 @@ int lat_back(u64 *ctx)
 	u64 task = get_current_task_btf(), regs;
 	struct thread_state *t;
 	struct cpu_state *c;
+	s32 syscall;
 
 	if (!is_target(task))
 		return 0;
@@ -410,8 +411,14 @@ int lat_back(u64 *ctx)
 	if (t->sleep.phase == SLEEP_ARMED && !sleep_unseen(t, task, c))
 		return 0;
 	regs = task_pt_regs(task);
-	if ((s32)LD32(regs, OFF_REGS_SYSCALL) < 0)
+	syscall = LD32(regs, OFF_REGS_SYSCALL);
+	if (syscall < 0)
 		return 0;
+	/* The door of a later call, to which a switch led that was not seen. */
+	if (was_in_user_mode(task) || (syscall != t->sleep.syscall && syscall != SYS_RESTART)) {
+		close_sleep(&t->sleep, task, c);
+		return 0;
+	}
 	t->sleep.ret = LD64(regs, OFF_REGS_RET);
 	/* Elsewhere: a signal has its handler run first, or the kernel restarts the call. */
 	t->sleep.has_ret = LD64(regs, OFF_REGS_IP) == t->sleep.ip;
