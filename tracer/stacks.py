@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .records import STACK, STACK_CELL_FRAMES, STACK_USER_FRAMES
-from .symbols import Frame, Symbolizer
+from .symbols import Frame, Space, Symbolizer
 
 # Frames of the tracepoint and of our own program above the point where the thread stood.
 _KERNEL_ENTRY = ("__schedule", "try_to_wake_up", "wake_up_new_task")
@@ -170,13 +170,14 @@ class Naming:
         self._done: queue.SimpleQueue[NamedStacks] = queue.SimpleQueue()
         self._frame_ids: dict[Frame, int] = {}
         self._next_frame = 0
-        self._added = self._named = 0
+        self._unnamed: dict[int, RawStack] = {}
+        self._late = 0
         self._thread = threading.Thread(target=self._run, name="latrace-names", daemon=True)
         self._thread.start()
 
     def add(self, stack: RawStack) -> None:
         """Name a stack; its rows come out of `take` later."""
-        self._added += 1
+        self._unnamed[stack.id] = stack
         self._todo.put(stack)
 
     def changed(self, tgid: int) -> None:
@@ -190,7 +191,7 @@ class Naming:
     @property
     def is_idle(self) -> bool:
         """Whether all that was added has been named; `take` then has it."""
-        return self._added == self._named
+        return not self._unnamed
 
     def take(self) -> NamedStacks:
         """All rows that are ready."""
@@ -202,14 +203,25 @@ class Naming:
         return rows
 
     def finish(self, timeout_s: float) -> NamedStacks:
-        """Wait for what is under way, at most so long; returns the last rows."""
+        """Wait for what is under way, at most so long; returns the last rows.
+
+        The frames of stacks that are not named by then are addresses.
+        """
         self._todo.put(None)
         self._thread.join(timeout_s)
-        return self.take()
+        rows = self.take()
+        named = {number for number, *_ in rows.stacks}
+        late = [stack for stack in list(self._unnamed.values()) if stack.id not in named]
+        self._late += len(late)
+        for stack in late:
+            kernel = _addresses("kernel", stack.kernel)
+            self._add_rows(rows, stack, kernel, _addresses("user", stack.user))
+        self._unnamed.clear()
+        return rows
 
     def stats(self) -> dict[str, Any]:
         """What the look-up refused or could not read, by reason."""
-        return self._symbolizer.stats
+        return self._symbolizer.stats | {"late": self._late}
 
     def _run(self) -> None:
         known: set[int] = set()
@@ -227,7 +239,7 @@ class Naming:
                     known.add(item.tgid)
                     self._symbolizer.remember(item.tgid)
                 self._done.put(self._name(item))
-                self._named += 1
+                self._unnamed.pop(item.id, None)
         finally:
             self._symbolizer.close()
 
@@ -236,6 +248,12 @@ class Naming:
         returns = np.arange(len(stack.user)) > 0
         user = self._symbolizer.user(stack.tgid, stack.user, return_addresses=returns)
         rows = NamedStacks([], [])
+        self._add_rows(rows, stack, kernel, user)
+        return rows
+
+    def _add_rows(
+        self, rows: NamedStacks, stack: RawStack, kernel: list[Frame], user: list[Frame]
+    ) -> None:
         ids = []
         for frame in kernel + user:
             number = self._frame_ids.get(frame)
@@ -250,7 +268,11 @@ class Naming:
             else not stack.has_user
         )
         rows.stacks.append((stack.id, ids, whole, len(kernel)))
-        return rows
+
+
+def _addresses(space: Space, addresses: npt.NDArray[np.uint64]) -> list[Frame]:
+    """Frames that nobody had the time to name."""
+    return [Frame(None, "[not looked up]", address, space) for address in addresses.tolist()]
 
 
 def _from_entry(frames: list[Frame]) -> list[Frame]:

@@ -6,7 +6,7 @@ an unprivileged child process, `worker`, which is never imported from here.
 
 from __future__ import annotations
 
-from latrace.tracer.symbols.frames import Frame
+from latrace.tracer.symbols.frames import Frame, Space
 from latrace.tracer.symbols.symbolizer import Symbolizer
 
-__all__ = ["Frame", "Symbolizer"]
+__all__ = ["Frame", "Space", "Symbolizer"]
