@@ -13,7 +13,7 @@ from watching import build_steady, hog, steady, watching
 from latrace.analysis.summary import summarise
 
 # What else a shared machine does can be a spike of its own, or hide one.
-pytestmark = [pytest.mark.kernel, pytest.mark.flaky(reruns=2)]
+pytestmark = pytest.mark.kernel
 
 QUICK = ("--before", "4s", "--after", "1s", "--cooldown", "2s", "--window", "3s")
 

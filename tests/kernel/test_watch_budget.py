@@ -11,7 +11,7 @@ import pytest
 from watching import Watching, build_steady, steady, watching
 
 # What else a shared machine does can be a spike of its own, or hide one.
-pytestmark = [pytest.mark.kernel, pytest.mark.flaky(reruns=2)]
+pytestmark = pytest.mark.kernel
 
 
 def _manifest(watch: Watching, count: int) -> dict[str, Any]:

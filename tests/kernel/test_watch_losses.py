@@ -14,7 +14,7 @@ from network import Host, two_hosts
 from watching import watching
 
 # What else a shared machine does can be a spike of its own, or hide one.
-pytestmark = [pytest.mark.kernel, pytest.mark.flaky(reruns=2)]
+pytestmark = pytest.mark.kernel
 
 PORT = 7720
 QUICK = ("--before", "4s", "--after", "2s", "--window", "3s", "--cooldown", "1s")

@@ -23,7 +23,7 @@ from watching import Watching, watching
 from latrace.analysis.go_runtime import parse_memstats
 
 # What else a shared machine does can be a spike of its own, or hide one.
-pytestmark = [pytest.mark.kernel, pytest.mark.flaky(reruns=2)]
+pytestmark = pytest.mark.kernel
 
 QUICK = ("--before", "6s", "--after", "2s", "--window", "3s", "--cooldown", "1s")
 TOOK = "http_request_duration_seconds"

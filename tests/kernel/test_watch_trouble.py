@@ -27,7 +27,7 @@ from latrace.analysis.summary import summarise
 from latrace.tracer.cli import main
 
 # What else a shared machine does can be a spike of its own, or hide one.
-pytestmark = [pytest.mark.kernel, pytest.mark.flaky(reruns=2)]
+pytestmark = pytest.mark.kernel
 
 SHORT = ("--before", "2s", "--after", "500ms", "--cooldown", "1h", "--window", "1s")
 NEVER = ("--max", "1h", "--budget", "100%")
