@@ -2,20 +2,17 @@
 
 It starts with the tracer's rights, because the program may be installed where only root can read,
 imports everything it will ever need, and then gives up every right: nobody's uid and gid, no
-groups, no new privileges, no new files, processes or core dumps, bounded memory and CPU time.
-After that it only answers requests about file descriptors that were opened for it.
+groups, no capabilities, no new privileges, no new files, processes or core dumps, bounded memory
+and CPU time. After that it only answers requests about file descriptors that were opened for it.
 """
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import resource
-import signal
 import socket
 import sys
-import time
 import zlib
 from typing import Any, Final
 
@@ -23,8 +20,8 @@ from latrace.tracer.symbols import wire
 from latrace.tracer.symbols.demangle import Demangler
 from latrace.tracer.symbols.elf import ElfError, FdSource, read_image
 from latrace.tracer.symbols.table import Image, merge
+from latrace.tracer.unprivileged import drop_rights, limit_request
 
-NOBODY: Final = 65534
 MEMORY_LIMIT: Final = 2 << 30
 """Address space, in bytes: above what the largest accepted file needs."""
 REQUEST_CPU_S: Final = 20
@@ -34,35 +31,14 @@ NICENESS: Final = 10
 MAX_DEBUG_FILE: Final = 1 << 30
 """A debug file without a build id is read whole, for its checksum."""
 
-_PR_SET_DUMPABLE, _PR_SET_NO_NEW_PRIVS = 4, 38
-
-
-def drop_rights(keep: int) -> None:
-    """Give up everything but descriptor `keep`. Raises OSError where that is not possible."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os.chdir("/")
-    os.umask(0o077)
-    os.closerange(3, keep)
-    os.closerange(keep + 1, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
-    if os.geteuid() == 0:
-        os.setgroups([])
-        os.setresgid(NOBODY, NOBODY, NOBODY)
-        os.setresuid(NOBODY, NOBODY, NOBODY)
-    libc = ctypes.CDLL(None, use_errno=True)
-    for option, value in ((_PR_SET_NO_NEW_PRIVS, 1), (_PR_SET_DUMPABLE, 0)):
-        if libc.prctl(option, value, 0, 0, 0):
-            raise OSError(ctypes.get_errno(), "prctl")
-    for which, limit in (
-        (resource.RLIMIT_AS, MEMORY_LIMIT),
-        (resource.RLIMIT_CPU, LIFETIME_CPU_S),
-        (resource.RLIMIT_NOFILE, 16),
-        (resource.RLIMIT_FSIZE, 0),
-        (resource.RLIMIT_NPROC, 0),
-        (resource.RLIMIT_CORE, 0),
-    ):
-        hard = resource.getrlimit(which)[1]
-        bound = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
-        resource.setrlimit(which, (bound, bound))
+LIMITS: Final = {
+    resource.RLIMIT_AS: MEMORY_LIMIT,
+    resource.RLIMIT_CPU: LIFETIME_CPU_S,
+    resource.RLIMIT_NOFILE: 16,
+    resource.RLIMIT_FSIZE: 0,
+    resource.RLIMIT_NPROC: 0,
+    resource.RLIMIT_CORE: 0,
+}
 
 
 def rehearse(demangler: Demangler) -> None:
@@ -81,13 +57,6 @@ def rehearse(demangler: Demangler) -> None:
     finally:
         os.close(fd)
     wire.names_reply([demangler(b"_Z1fv")])
-
-
-def _limit_request() -> None:
-    """Let this request use so much CPU time and no more; SIGXCPU ends the worker."""
-    hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
-    soft = min(int(time.process_time()) + 1 + REQUEST_CPU_S, hard)
-    resource.setrlimit(resource.RLIMIT_CPU, (soft, hard))
 
 
 def _crc(fd: int) -> int:
@@ -143,7 +112,7 @@ class _Server:
         _magic, json_size, payload_size = wire.REQUEST.unpack(header)
         request = json.loads(self._receive(json_size))
         payload = self._receive(payload_size)
-        _limit_request()
+        limit_request(REQUEST_CPU_S)
         if request["op"] == "demangle":
             names = wire.split_names(payload, request["count"])
             reply = wire.names_reply([self._demangler(name) for name in names])
@@ -161,7 +130,7 @@ def main() -> int:
     connection = socket.socket(fileno=int(sys.argv[1]))
     demangler = Demangler()
     rehearse(demangler)
-    drop_rights(connection.fileno())
+    drop_rights(connection.fileno(), limits=LIMITS)
     server = _Server(connection, demangler)
     try:
         while server.serve_one():

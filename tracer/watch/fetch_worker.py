@@ -19,23 +19,29 @@ import queue
 import resource
 import signal
 import socket
-import struct
 import sys
 import threading
 import time
 from contextlib import suppress
 from typing import Any, Final, NoReturn
 
+from latrace.tracer.unprivileged import drop_rights, limit, limit_request
 from latrace.tracer.watch.exposition import ACCEPT, ExpositionError, Reader
 from latrace.tracer.watch.fetch import FRAME, HELLO, MAX_JSON, MAX_WORDS
 
-NOBODY: Final = 65534
 MEMORY_LIMIT: Final = 1 << 30
 """Address space, in bytes: several large answers at once, and their copies."""
 REQUEST_CPU_S: Final = 20
 LIFETIME_CPU_S: Final = 24 * 3600
 NICENESS: Final = 10
 """The targets should not wait for us."""
+LIMITS: Final = {
+    resource.RLIMIT_AS: MEMORY_LIMIT,
+    resource.RLIMIT_CPU: LIFETIME_CPU_S,
+    resource.RLIMIT_NOFILE: 64,
+    resource.RLIMIT_FSIZE: 0,
+    resource.RLIMIT_CORE: 0,
+}
 STACK: Final = 512 << 10
 MAX_PENDING: Final = 64
 MAX_KEPT: Final = 8
@@ -43,9 +49,8 @@ MAX_HEADERS: Final = 256 << 10
 READ_AT_ONCE: Final = 64 << 10
 ERROR_BODY: Final = 4096
 
-_PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_NO_NEW_PRIVS = 1, 4, 38
+_PR_SET_PDEATHSIG: Final = 1
 _CLONE_NEWNET: Final = 0x40000000
-_CAPABILITY_VERSION_3: Final = 0x20080522
 
 
 # --- rights ------------------------------------------------------------------------------------
@@ -58,51 +63,16 @@ def enter(namespace: int) -> None:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
-def drop_rights(keep: int, parent: int) -> None:
-    """Give up everything but descriptor `keep`, and die with `parent`.
+def die_with(parent: int) -> None:
+    """End as soon as the process `parent` does. Raises OSError.
 
-    Raises OSError where that is not possible.
+    To be asked for after the rights are given up: a change of ids takes it back.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os.umask(0o077)
-    os.closerange(3, keep)
-    os.closerange(keep + 1, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
-    if os.geteuid() == 0:
-        os.setgroups([])
-        os.setresgid(NOBODY, NOBODY, NOBODY)
-        os.setresuid(NOBODY, NOBODY, NOBODY)
     libc = ctypes.CDLL(None, use_errno=True)
-    # With the securebits of some container the change of uid alone would leave them.
-    nothing = struct.pack("6I", *[0] * 6)
-    if libc.capset(struct.pack("Ii", _CAPABILITY_VERSION_3, 0), nothing):
-        raise OSError(ctypes.get_errno(), "capset")
-    for option, value in (
-        (_PR_SET_NO_NEW_PRIVS, 1),
-        (_PR_SET_DUMPABLE, 0),
-        (_PR_SET_PDEATHSIG, signal.SIGKILL),  # last: a change of ids takes it back
-    ):
-        if libc.prctl(option, value, 0, 0, 0):
-            raise OSError(ctypes.get_errno(), "prctl")
+    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0):
+        raise OSError(ctypes.get_errno(), "prctl")
     if os.getppid() != parent:  # it died before we asked to be told
         os._exit(0)
-    _limit(resource.RLIMIT_AS, MEMORY_LIMIT)
-    _limit(resource.RLIMIT_CPU, LIFETIME_CPU_S)
-    _limit(resource.RLIMIT_NOFILE, 64)
-    _limit(resource.RLIMIT_FSIZE, 0)
-    _limit(resource.RLIMIT_CORE, 0)
-
-
-def _limit(which: int, limit: int) -> None:
-    hard = resource.getrlimit(which)[1]
-    bound = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
-    resource.setrlimit(which, (bound, bound))
-
-
-def _limit_request() -> None:
-    """Let this request use so much CPU time and no more; SIGXCPU ends the child."""
-    hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
-    soft = min(int(time.process_time()) + 1 + REQUEST_CPU_S, hard)
-    resource.setrlimit(resource.RLIMIT_CPU, (soft, hard))
 
 
 # --- one answer --------------------------------------------------------------------------------
@@ -335,7 +305,7 @@ class _Server:
             if length > MAX_JSON:
                 raise EOFError
             request = json.loads(self._read(length))
-            _limit_request()
+            limit_request(REQUEST_CPU_S)
             deadline_s = time.monotonic() + request["timeout_s"]
             if not self._threads:
                 self._handle(number, request, deadline_s)
@@ -423,9 +393,10 @@ def main() -> int:
         rehearse()
         if namespace >= 0:
             enter(namespace)
-        drop_rights(number, parent)
+        drop_rights(number, limits=LIMITS)
+        die_with(parent)
         server.start(workers)
-        _limit(resource.RLIMIT_NPROC, 0)  # threads count, too
+        limit(resource.RLIMIT_NPROC, 0)  # threads count, too
     except (OSError, RuntimeError) as error:
         server.say(HELLO, {"error": f"the child cannot give up its rights: {error}"})
         return 1

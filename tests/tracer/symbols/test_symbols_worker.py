@@ -209,6 +209,7 @@ def test_a_program_that_only_root_can_read_still_has_a_worker(tmp_path):
     hidden = tmp_path / "hidden"
     target = hidden / "latrace/tracer/symbols"
     shutil.copytree(package, target, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(package.parent / "unprivileged.py", target.parent)
     for folder in (target.parent, target.parent.parent):
         (folder / "__init__.py").touch()
     hidden.chmod(0o700)
@@ -227,8 +228,8 @@ class Barred:
     def find_spec(self, name, path=None, target=None):
         os._exit(1)
 drop_rights = worker.drop_rights
-def drop_and_bar(keep):
-    drop_rights(keep)
+def drop_and_bar(keep, *, limits):
+    drop_rights(keep, limits=limits)
     sys.meta_path.insert(0, Barred())
 worker.drop_rights = drop_and_bar
 worker.main()
