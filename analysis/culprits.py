@@ -177,8 +177,9 @@ def itemised(culprits: Culprits) -> dict[str, int]:
 def by_process(culprits: Culprits, known: Mapping[int, str]) -> dict[Who, tuple[Stay, int]]:
     """Put the threads of each process together, and tell how many there were.
 
-    The name is that of `known` processes, of the first thread, or of the thread that had the CPU
-    longest. Interrupts are put together by kind.
+    The name is that of the first thread, of `known` processes, or of the thread that had the CPU
+    longest; of several names of one thread (a shell that became a program) the one that it had the
+    CPU longest under. Interrupts are put together by kind.
     """
     members: dict[tuple[str, int, str], dict[Who, Stay]] = {}
     for who, stay in culprits.items():
@@ -188,8 +189,9 @@ def by_process(culprits: Culprits, known: Mapping[int, str]) -> dict[Who, tuple[
         whole = Stay()
         for stay in threads.values():
             whole.add(stay)
-        longest = max(threads, key=lambda who: (threads[who].ns, -who.tid))
-        first = next((who.comm for who in threads if who.tid == tgid), "")
+        by_time = sorted(threads, key=lambda who: (-threads[who].ns, who.tid))
+        longest = by_time[0]
+        first = next((who.comm for who in by_time if who.tid == tgid), "")
         comm = first or known.get(tgid, "") or longest.comm
         tid = longest.tid if len({who.tid for who in threads}) == 1 else tgid
         who = Who(cause, tid, tgid, comm, vector)

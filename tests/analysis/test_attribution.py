@@ -28,7 +28,7 @@ from sample_capture import (
 
 from latrace.analysis import histogram
 from latrace.analysis.capture import open_capture
-from latrace.analysis.culprits import scan_slices
+from latrace.analysis.culprits import Stay, Who, by_process, scan_slices
 from latrace.analysis.rows import Marks
 from latrace.analysis.selection import Selection
 from latrace.analysis.sleep_calls import NOT_TOLD, LateCalls
@@ -166,6 +166,17 @@ def test_culprits_by_thread(summary: dict[str, Any]) -> None:
     assert (second["policy"], second["prio"]) == ("fifo", 49)
     assert (own["tid"], own["cause"], own["own"]) == (815, "own", True)
     assert own["mostly"] is None and own["stack"] == []
+
+
+def test_the_name_of_a_process_that_became_another_program() -> None:
+    """A shell has the CPU for a moment before it is the program that it was asked for."""
+    culprits = {
+        Who("other", 998, 998, "bash", ""): Stay(1_000),
+        Who("other", 998, 998, "batch-indexer", ""): Stay(5_000_000),
+        Who("other", 999, 998, "worker", ""): Stay(9_000_000),
+    }
+    ((who, (stay, threads)),) = by_process(culprits, {}).items()
+    assert (who.comm, stay.ns, threads) == ("batch-indexer", 14_001_000, 2)
 
 
 def test_culprits_by_process(summary: dict[str, Any]) -> None:
