@@ -17,6 +17,7 @@ from latrace.tracer.cost import Cost
 from latrace.tracer.sampling import Sampler
 
 LEAST_SHARE: Final = 1 / 64
+_STARTING: Final = 2  # windows; the files that targets map are read in this time
 _WELL_BELOW: Final = 0.8
 _LOWER_BY_AT_MOST: Final = 1 / 4
 _LOWER_BY_AT_LEAST: Final = 2 / 3
@@ -51,8 +52,8 @@ class Thrift:
         """Look whether the cost was measured anew, and what it is."""
         if self._cost.windows == self._windows:
             return
-        first, self._windows = not self._windows, self._cost.windows
-        if first:  # what it took to begin is no measure of what it takes
+        self._windows = self._cost.windows
+        if self._windows <= _STARTING:  # what it took to begin is no measure of what it takes
             self.skip()
             return
         reader = 100 * (time.process_time() - self._cpu_s) / (time.monotonic() - self._at_s)
