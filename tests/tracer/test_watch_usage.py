@@ -43,6 +43,8 @@ def refused(arguments: tuple[str, ...], capsys: Captured) -> tuple[int, str]:
         (("--p99", "soon"), "--p99 'soon' is not a duration"),
         (("--p99", "10"), "--p99 10 has no unit"),
         (("--p50", "-1ms"), "--p50 '-1ms' is not a duration"),
+        (("--p99", "0ms"), "--p99 0ms would fire all the time"),
+        (("--max", "sleep=0"), "--max 0 would fire all the time"),
         (("--p999", "1parsec"), "--p999 1parsec: there is no unit 'parsec'"),
         (("--p99", "disk=10ms"), "'disk=10ms': there is no percentile of 'disk'"),
         (("--p99-ratio", "three"), "--p99-ratio 'three' is not a number above 1"),

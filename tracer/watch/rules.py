@@ -41,7 +41,7 @@ def make_rules(
                     fraction=FRACTIONS[name],
                     window_s=window_s,
                     least=least,
-                    above_ns=parse_duration(value, option=f"--{name}"),
+                    above_ns=_limit(value, option=f"--{name}"),
                 )
             )
     for text in ratios:
@@ -59,7 +59,7 @@ def make_rules(
         )
     for text in longest:
         kind, value = _of(text)
-        above_ns = parse_duration(value, option="--max")
+        above_ns = _limit(value, option="--max")
         rules.append(
             Longest(
                 rule=f"--max {text}", kind="sleep" if kind == "sleep" else "max", above_ns=above_ns
@@ -83,6 +83,15 @@ def _of(text: str) -> tuple[str, str]:
             hint="10ms is of waits, sleep=10ms of how late sleep calls came back",
         )
     return kind, value
+
+
+def _limit(text: str, *, option: str) -> int:
+    above_ns = parse_duration(text, option=option)
+    if not above_ns:
+        raise UsageError(
+            f"{option} {text} would fire all the time", hint=f"write for example {option} 10ms"
+        )
+    return above_ns
 
 
 def _ratio(text: str) -> float:
