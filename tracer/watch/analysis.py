@@ -10,7 +10,6 @@ and prints the headline. What keeps it from that is one line on stderr, and exit
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import resource
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
     from latrace.analysis.spike_file import Told
 
 PAGE: Final = "report.html"
-_NICENESS: Final = 19
+_MOST_MEMORY: Final = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
 def analyse_bundle(path: Path) -> dict[str, Any]:
@@ -71,8 +70,7 @@ def main(args: Sequence[str]) -> int:
     """Explain the bundle that `args` name, and return the exit code."""
     if len(args) != 1:
         return _fail("usage: python -m latrace.tracer.watch.analysis BUNDLE")
-    with contextlib.suppress(OSError):
-        os.nice(_NICENESS)
+    resource.setrlimit(resource.RLIMIT_DATA, (_MOST_MEMORY, _MOST_MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     _give_up_root()
     from latrace.analysis.errors import CaptureError  # noqa: PLC0415 - see above
