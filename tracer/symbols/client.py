@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, Final, TypeVar
 
 from latrace.tracer.symbols import wire
@@ -19,6 +20,7 @@ START_TIMEOUT_S: Final = 10.0
 MAX_FAILED_STARTS: Final = 3
 MAX_DEADLY_NAMES: Final = 8
 NAMES_PER_REQUEST: Final = 4096
+_ENDS_WITHIN_S: Final = 5.0
 
 T = TypeVar("T")
 
@@ -188,8 +190,10 @@ class Worker:
         if connection is not None:
             connection.close()
         if process is not None:
-            process.kill()
-            process.wait()
+            with suppress(PermissionError):  # it is nobody's, and we lack CAP_KILL
+                process.kill()
+            with suppress(subprocess.TimeoutExpired):  # hung up on, it ends by itself
+                process.wait(_ENDS_WITHIN_S)
 
     def close(self) -> None:
         """End the child."""
