@@ -31,6 +31,7 @@ LOADS = {
 }
 """Waits a second, about → threads, their period and their work in us."""
 
+_SAID = "said.txt"
 _TREE = Path(__file__).resolve().parents[2]
 _SETTLE_S = 12.0
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
@@ -60,6 +61,10 @@ def _load(program: Path, rate: int) -> Iterator[int]:
 class _Watch:
     process: subprocess.Popen[bytes]
     folder: Path
+
+    def said(self) -> list[str]:
+        """Its lines for people."""
+        return (self.folder / _SAID).read_text().splitlines()
 
     def fire(self) -> None:
         """Ask for a bundle and wait until it is on disk."""
@@ -117,11 +122,14 @@ def _bpf_objects() -> int:
 
 @contextlib.contextmanager
 def _watch(pid: int, *arguments: str) -> Iterator[_Watch]:
-    with tempfile.TemporaryDirectory(prefix="latrace-soak-") as folder:
+    with (
+        tempfile.TemporaryDirectory(prefix="latrace-soak-") as folder,
+        Path(folder, _SAID).open("wb") as said,
+    ):
         process = subprocess.Popen(
             [sys.executable, "-m", "latrace", "watch", "--pid", str(pid), "-o", folder, *arguments],
             stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
+            stderr=said,
         )
         try:
             time.sleep(_SETTLE_S)
@@ -177,12 +185,15 @@ def _latency(program: Path, times: int) -> str:
                 while len(watch.bundles()) <= number and time.monotonic() < deadline:
                     time.sleep(0.1)
                 time.sleep(6)
-            for path, hog_ns in zip(watch.bundles(), began_ns, strict=False):
+            for path in watch.bundles():
                 waits = latrace.open(path).waits
-                slow = waits["run_ns"].to_numpy()[waits["wait_ns"].to_numpy() > limit_ns]
-                slow = slow[slow > hog_ns]  # those of the spike before may be in it, too
                 fired_ns = json.loads((path / "spike.json").read_text())["fired_ns"]
-                after_ms.append((fired_ns - int(slow.min())) / 1e6)
+                hog_ns = max((ns for ns in began_ns if ns < fired_ns), default=fired_ns)
+                slow = waits["run_ns"].to_numpy()[waits["wait_ns"].to_numpy() > limit_ns]
+                # Those of the spike before may be in it, too.
+                slow = slow[(slow > hog_ns) & (slow <= fired_ns)]
+                if len(slow):
+                    after_ms.append((fired_ns - int(slow.min())) / 1e6)
         low, middle, high = np.percentile(after_ms, [0, 50, 100])
         told.append(
             f"{rule} 20ms: {len(after_ms)} of {times} spikes; fired {middle:.0f} ms"
@@ -198,8 +209,18 @@ def _soak(program: Path, minutes: float) -> tuple[str, bool]:
     with (
         _load(program, 1_000) as pid,
         _watch(
-            pid, "--max", "1h", "--before", "4s", "--after", "1s", "--cooldown", "0", "--keep", "3"
-        ) as watch,
+            pid,
+            "--p99-ratio",
+            "3",
+            "--before",
+            "4s",
+            "--after",
+            "1s",
+            "--cooldown",
+            "0",
+            "--keep",
+            "3",
+        ) as watch,  # fmt: skip
     ):
         end = time.monotonic() + 60 * minutes
         count = 0
@@ -209,14 +230,20 @@ def _soak(program: Path, minutes: float) -> tuple[str, bool]:
             count += 1
             looks.append(watch.sizes())
             _say(f"  {count} bundles: {looks[-1]}")
+        fired = [line for line in watch.said() if " fired: " in line]
+        by_itself = [line for line in fired if " by hand" not in line]
     third = max(1, len(looks) // 3)
     first, last = (
         {name: max(look[name] for look in part) for name in looks[0]}
         for part in (looks[third : 2 * third] or looks, looks[-third:])
     )
     grew = [name for name in first if last[name] > first[name] * 1.05 + 2]
-    lines = [f"{count} bundles in {minutes:g} minutes; the greatest in the second and last third:"]
+    lines = [
+        f"{count} bundles by hand in {minutes:g} minutes; at most, in the 2nd third and the last:"
+    ]
     lines += [f"  {name:<9} {first[name]:>9,} {last[name]:>9,}" for name in first]
+    lines.append(f"  fired by itself, by --p99-ratio 3: {len(by_itself)}")
+    lines += by_itself
     left = _bpf_objects() - bpf
     lines.append(f"  left in the kernel afterwards: {left}")
     lines.append(f"  grew: {', '.join(grew) or 'nothing'}")
