@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow import ipc
 
-from latrace.analysis.errors import CaptureError
+from latrace.analysis.errors import CaptureError, damaged, unreadable
 from latrace.analysis.schema import MANIFEST, SCHEMA_VERSION, SNAPSHOTS, SUFFIX, TABLES
 from latrace.analysis.sleeps import sleep_of_waits
 
@@ -181,9 +181,9 @@ class Capture:
         except FileNotFoundError:
             return None
         except OSError as error:
-            raise _unreadable(file, error) from error
+            raise unreadable(file, error) from error
         except _DamagedError as error:
-            raise _damaged(file, str(error)) from error
+            raise damaged(file, str(error)) from error
 
     def batches(self, name: str, *, columns: Sequence[str]) -> Iterator[pa.Table]:
         """Yield a table piece by piece, as it was written: for tables larger than memory.
@@ -212,7 +212,7 @@ class Capture:
             with pa.OSFile(os.fspath(file)) as source:
                 present = ipc.open_stream(source).schema.names
             if len(set(present)) != len(present):
-                raise _damaged(file, "it has a column twice")
+                raise damaged(file, "it has a column twice")
             chosen = [
                 index
                 for index, column in enumerate(present)
@@ -228,10 +228,10 @@ class Capture:
                     yield batch
         except OSError as error:
             if error.errno is None:  # Arrow's own, such as a body that does not decompress
-                raise _damaged(file, str(error)) from error
-            raise _unreadable(file, error) from error
+                raise damaged(file, str(error)) from error
+            raise unreadable(file, error) from error
         except (pa.ArrowException, ValueError) as error:  # ValueError: names that are not UTF-8
-            raise _damaged(file, str(error)) from error
+            raise damaged(file, str(error)) from error
 
     def _conform(
         self, table: pa.Table, name: str, wanted: Sequence[str] | None, *, rows: int
@@ -257,7 +257,7 @@ class Capture:
                 try:
                     columns.append(table[column].cast(kind))
                 except pa.ArrowException as error:
-                    raise _damaged(self._file(name), str(error)) from error
+                    raise damaged(self._file(name), str(error)) from error
         return pa.table(dict(zip(wanted, columns, strict=True))).unify_dictionaries()
 
     def _file(self, name: str) -> Path:
@@ -284,14 +284,14 @@ def open_capture(path: str | os.PathLike[str] = DEFAULT_PATH) -> Capture:
             hint="record one with: sudo latrace attach --pid PID",
         ) from None
     except OSError as error:
-        raise _unreadable(file, error) from error
+        raise unreadable(file, error) from error
     try:
         manifest = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise _damaged(file, str(error)) from error
+        raise damaged(file, str(error)) from error
     version = manifest.get("schema") if isinstance(manifest, dict) else None
     if not isinstance(version, int) or version < 1:
-        raise _damaged(file, "it has no schema version")
+        raise damaged(file, "it has no schema version")
     if version > SCHEMA_VERSION:
         raise CaptureError(
             f"{directory} has schema {version}; this latrace reads up to {SCHEMA_VERSION}",
@@ -335,20 +335,6 @@ def _last_of_each(table: pa.Table, key: Sequence[str]) -> pa.Table:
     first, second = first[order], second[order]
     last = np.append((first[1:] != first[:-1]) | (second[1:] != second[:-1]), True)
     return table.take(pa.array(order[last]))
-
-
-def _unreadable(file: Path, error: OSError) -> CaptureError:
-    why = (error.strerror or str(error)).lower()
-    hint = "it belongs to the user who recorded it" if isinstance(error, PermissionError) else ""
-    return CaptureError(f"cannot read {file}: {why}", hint=hint)
-
-
-def _damaged(file: Path, why: str) -> CaptureError:
-    first_line = why.strip().splitlines()[0] if why.strip() else "unreadable"
-    return CaptureError(
-        f"{file} is damaged: {first_line}",
-        hint="record again; a capture cut off by a kill would have been readable",
-    )
 
 
 # --- the frames of a stream --------------------------------------------------------------------

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, NamedTuple, NoReturn, TypeGuard
 
-from latrace.analysis.errors import CaptureError
+from latrace.analysis.errors import CaptureError, damaged, unreadable
 
 SPIKE_FILE: Final = "spike.json"
 SPIKE_SCHEMA: Final = 1
@@ -145,14 +145,14 @@ def read_file(file: Path, *, most_bytes: int) -> bytes | None:
     except OSError as error:
         if error.errno == errno.ELOOP:
             raise _damaged(file, "it is a symbolic link") from error
-        raise _unreadable(file, error) from error
+        raise unreadable(file, error) from error
     try:
         with os.fdopen(fd, "rb") as stream:
             if not stat.S_ISREG(os.fstat(fd).st_mode):
                 raise _damaged(file, "it is not a regular file")
             text = stream.read(most_bytes + 1)
     except OSError as error:
-        raise _unreadable(file, error) from error
+        raise unreadable(file, error) from error
     if len(text) > most_bytes:
         raise _damaged(file, f"it is larger than {most_bytes >> 20} MiB")
     return text
@@ -255,15 +255,7 @@ def _is_int(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _unreadable(file: Path, error: OSError) -> CaptureError:
-    why = (error.strerror or str(error)).lower()
-    hint = "it belongs to the user who recorded it" if isinstance(error, PermissionError) else ""
-    return CaptureError(f"cannot read {file}: {why}", hint=hint)
-
-
 def _damaged(file: Path, why: str) -> CaptureError:
-    first_line = why.strip().splitlines()[0] if why.strip() else "unreadable"
-    return CaptureError(
-        f"{file} is damaged: {first_line}",
-        hint=f"the rest of the capture can be read once {SPIKE_FILE} is moved away",
+    return damaged(
+        file, why, hint=f"the rest of the capture can be read once {SPIKE_FILE} is moved away"
     )
