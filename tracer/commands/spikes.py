@@ -5,7 +5,6 @@ from __future__ import annotations
 import calendar
 import json
 import os
-import re
 import shlex
 import stat
 import time
@@ -20,7 +19,7 @@ from latrace.analysis.words import cells, fit, pad, plural, size, visible
 from latrace.tracer.commands.console import Status, program, write_out
 from latrace.tracer.commands.tracing import say_next
 from latrace.tracer.errors import LatraceError
-from latrace.tracer.watch.bundles import DEFAULT_NAME
+from latrace.tracer.watch.bundles import DEFAULT_NAME, NAME, age
 
 if TYPE_CHECKING:
     from latrace.analysis.spike_file import Spike
@@ -30,7 +29,6 @@ Folder = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print them as JSON, for machines.")]
 
-_NAME = re.compile(r"spike-(\d{8}-\d{6})(?:-([1-9]\d{0,4}))?", re.ASCII)
 _MANIFEST = "manifest.json"
 _MOST_BUNDLES = 10_000
 _MOST_FILES = 1000
@@ -93,7 +91,7 @@ def find_bundles(folder: Path) -> list[Listed]:
             paths = [
                 Path(entry.path)
                 for entry in entries
-                if _NAME.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False)
+                if NAME.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False)
             ]
     except FileNotFoundError:
         raise LatraceError(
@@ -105,12 +103,7 @@ def find_bundles(folder: Path) -> list[Listed]:
             f"cannot list {visible(str(folder))}: {(error.strerror or str(error)).lower()}",
             hint="name the directory that latrace watch writes to: latrace spikes DIR",
         ) from error
-    return [_look(path) for path in sorted(paths, key=_age)[-_MOST_BUNDLES:]]
-
-
-def _age(path: Path) -> tuple[str, int]:
-    found = _NAME.fullmatch(path.name)
-    return (found[1], int(found[2] or 1)) if found else ("", 0)
+    return [_look(path) for path in sorted(paths, key=lambda path: age(path.name))[-_MOST_BUNDLES:]]
 
 
 def _look(path: Path) -> Listed:
@@ -140,7 +133,7 @@ def _look(path: Path) -> Listed:
 def _named_ns(path: Path) -> int:
     """When it fired, from its name."""
     try:
-        return calendar.timegm(time.strptime(_age(path)[0], "%Y%m%d-%H%M%S")) * 10**9
+        return calendar.timegm(time.strptime(age(path.name)[0], "%Y%m%d-%H%M%S")) * 10**9
     except (ValueError, OverflowError):  # digits that are no date
         return 0
 

@@ -23,8 +23,9 @@ from latrace.tracer.outputs import OutputDir, OutputFolder, open_output_folder
 
 DEFAULT_NAME = "latrace.spikes"
 SPIKE = "spike.json"
+NAME = re.compile(r"spike-(\d{8}-\d{6})(?:-([1-9]\d{0,4}))?", re.ASCII)
+"""A bundle's name: the second (UTC) that it fired in, and a number for all but the first of it."""
 
-_NAME = re.compile(r"spike-(\d{8}-\d{6})(?:-([1-9]\d{0,4}))?", re.ASCII)
 _FILES = re.compile(r"spike\.json|report\.html|pprof-[a-z0-9-]+\.(?:pb\.gz|txt|out)")
 _MOST_OF_A_SECOND = 1000
 
@@ -107,15 +108,15 @@ class Bundles:
         """
         trouble: dict[str, str] = {}
         try:
-            names = self._folder.names(_NAME)
+            names = self._folder.names(NAME)
         except LatraceError as error:
             names, trouble[""] = [], error.cause
         for name in names:
-            if _NAME.fullmatch(name) is None:  # half removed: a kill came in between
+            if NAME.fullmatch(name) is None:  # half removed: a kill came in between
                 self._remove(name, trouble)
         excess: list[Removed] = []
         count = size_bytes = 0
-        for name in sorted(filter(_NAME.fullmatch, names), key=_age, reverse=True):
+        for name in sorted(filter(NAME.fullmatch, names), key=age, reverse=True):
             try:
                 own_bytes = self._folder.weigh(name)
             except LatraceError as error:
@@ -150,9 +151,12 @@ def write_spike(out: OutputDir, document: Mapping[str, Any]) -> None:
     out.replace(SPIKE, text.encode("ascii") + b"\n")
 
 
-def _age(name: str) -> tuple[str, int]:
-    """What bundles are sorted by: the moment, then the number within that second."""
-    found = _NAME.fullmatch(name)
+def age(name: str) -> tuple[str, int]:
+    """What bundles are sorted by: the moment as it is named, then the number within that second.
+
+    Raises ValueError when that is not a bundle's name.
+    """
+    found = NAME.fullmatch(name)
     if found is None:
         raise ValueError(name)
     return found[1], int(found[2] or 1)
