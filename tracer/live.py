@@ -7,14 +7,13 @@ SIGKILL there is nothing to restore. Nothing heavy is imported: this runs beside
 from __future__ import annotations
 
 import errno
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Protocol
 
 from latrace.analysis.words import cells, duration, plural, visible
-from latrace.tracer.commands.console import Status, is_terminal, wants_colour
+from latrace.tracer.commands.console import Status, columns_of, is_terminal, wants_colour
 
 if TYPE_CHECKING:
     import numpy as np
@@ -106,7 +105,7 @@ class Panel(WarningsOnly):
 
     def update(self, snapshot: Snapshot) -> None:
         """Draw the block anew, below any new warnings."""
-        room = _columns(self.status) - 1
+        room = columns_of(self.status.stream) - 1
         lines = [_cut(line, room) for line in _panel(snapshot)]
         news = "".join(f"{self._paint(line, _ALARM)}\n" for line in self.news(snapshot))
         drawn = "".join(
@@ -126,7 +125,7 @@ class Panel(WarningsOnly):
         This also takes the ^C with which the terminal echoes the key. A terminal that was made
         narrower has broken the lines.
         """
-        columns = _columns(self.status)
+        columns = columns_of(self.status.stream)
         height = sum(max(1, -(-width // columns)) for width in self._drawn)
         return f"\x1b[{height}A\r\x1b[J" if height else ""
 
@@ -181,15 +180,6 @@ def _cut(parts: list[_Part], room: int) -> list[_Part]:
         cut.append(_Part(part.text[:room], part.code))
         room = max(0, room - len(part.text))
     return cut
-
-
-def _columns(status: Status) -> int:
-    """How wide the terminal is now."""
-    try:
-        columns = os.get_terminal_size(status.stream.fileno()).columns
-    except (OSError, ValueError):
-        return _USUAL_COLUMNS
-    return max(2, columns) if columns else _USUAL_COLUMNS  # 0: it does not know either
 
 
 def show_elapsed(seconds: float) -> str:

@@ -90,13 +90,18 @@ def wants_colour(stream: TextIO) -> bool:
     return is_terminal(stream) and not os.environ.get("NO_COLOR")
 
 
-def width_of(stream: TextIO) -> int:
-    """Columns to fill on `stream`: 80, or fewer on a narrow terminal."""
+def columns_of(stream: TextIO) -> int:
+    """How wide the terminal behind `stream` is now: at least 2; 80 where that is not known."""
     try:
         columns = os.get_terminal_size(stream.fileno()).columns
     except (OSError, ValueError):
         return _USUAL_WIDTH
-    return max(_MIN_WIDTH, min(_USUAL_WIDTH, columns or _USUAL_WIDTH))
+    return max(2, columns) if columns else _USUAL_WIDTH  # 0: it does not know either
+
+
+def width_of(stream: TextIO) -> int:
+    """Columns to fill on `stream`: 80, or fewer on a narrow terminal."""
+    return max(_MIN_WIDTH, min(_USUAL_WIDTH, columns_of(stream)))
 
 
 def program() -> str:

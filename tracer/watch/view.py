@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import time
-from typing import Final
 
-from latrace.tracer.commands.console import Status, is_terminal
-
-_USUAL_COLUMNS: Final = 80
+from latrace.tracer.commands.console import Status, columns_of, is_terminal
 
 
 class WatchView:
@@ -33,11 +29,7 @@ class WatchView:
         """Draw the state anew."""
         if not self.draws:
             return
-        try:
-            columns = os.get_terminal_size(self._status.stream.fileno()).columns
-        except (OSError, ValueError):
-            columns = _USUAL_COLUMNS
-        self._status.write(f"\r\x1b[K{state[: max(1, (columns or _USUAL_COLUMNS) - 1)]}")
+        self._status.write(f"\r\x1b[K{state[: columns_of(self._status.stream) - 1]}")
         self._drawn = True
 
     def close(self) -> None:
