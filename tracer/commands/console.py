@@ -117,3 +117,11 @@ def program() -> str:
 def command_line() -> str:
     """The present command as one can type it again."""
     return shlex.join([program(), *sys.argv[1:]])
+
+
+def from_here(path: Path) -> Path:
+    """How to name `path` to who typed the command: relative, if it is in the working directory."""
+    try:
+        return path.relative_to(Path.cwd())
+    except (ValueError, OSError):  # elsewhere, or the working directory is gone
+        return path

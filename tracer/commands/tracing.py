@@ -16,7 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 from latrace.analysis.words import size
 from latrace.tracer.caller import become, calling_account
-from latrace.tracer.commands.console import Status, program, wants_colour, width_of, write_out
+from latrace.tracer.commands.console import (
+    Status,
+    from_here,
+    program,
+    wants_colour,
+    width_of,
+    write_out,
+)
 from latrace.tracer.commands.quantities import show_seconds
 from latrace.tracer.commands.signals import StopOnSignals
 from latrace.tracer.errors import LatraceError
@@ -93,7 +100,7 @@ def trace(
     finally:
         view.close()
         tracer.__exit__(*sys.exc_info())
-    return _from_here(made[-1].path)
+    return from_here(made[-1].path)
 
 
 def _header(plan: Plan) -> str:
@@ -172,10 +179,3 @@ def size_of(path: Path) -> str:
             f"the capture {path} can not be read back: {error.strerror}",
             hint="was it moved or removed while latrace wrote it?",
         ) from error
-
-
-def _from_here(path: Path) -> Path:
-    try:
-        return path.relative_to(Path.cwd())
-    except (ValueError, OSError):  # elsewhere, or the working directory is gone
-        return path

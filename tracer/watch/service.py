@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from latrace.analysis.errors import CaptureError
-from latrace.tracer.commands.console import Status, write_out
+from latrace.tracer.commands.console import Status, from_here, write_out
 from latrace.tracer.commands.signals import StopOnSignals
 from latrace.tracer.doctor import explained, require_tracing
 from latrace.tracer.errors import LatraceError, UsageError
@@ -69,7 +69,7 @@ def run(
         # What was open is a bundle now, and explained like any other.
         for each in explainer.finish(_EXPLAIN_S):
             service.tell(each)
-    return _shown(bundles.path)
+    return str(from_here(bundles.path))
 
 
 @contextlib.contextmanager
@@ -143,7 +143,7 @@ class _Service:
 
     def wrote(self, written: Written) -> None:
         """A bundle is on disk."""
-        self.view.say(f"wrote {_shown(written.path)}")
+        self.view.say(f"wrote {from_here(written.path)}")
         self._explainer.add(written.path)
 
     def look(self) -> None:
@@ -168,7 +168,7 @@ class _Service:
             if self._plan.as_json:
                 write_out(json.dumps(_document(explained_one.path)) + "\n")
             else:
-                write_out(f"{_shown(explained_one.path)}\n")
+                write_out(f"{from_here(explained_one.path)}\n")
         except (LatraceError, CaptureError) as error:  # the disk is full, the bundle is gone
             self.view.say(f"!!! {error.cause}")
 
@@ -218,10 +218,3 @@ def _document(path: Path) -> dict[str, object]:
 
     spike = read_spike(path)
     return {"path": str(path), **(spike.document if spike is not None else {})}
-
-
-def _shown(path: Path) -> str:
-    try:
-        return str(path.relative_to(Path.cwd()))
-    except (ValueError, OSError):
-        return str(path)
