@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
-import typer
-
 from latrace.analysis.words import visible
 from latrace.tracer.commands import params
 from latrace.tracer.commands.console import Status
@@ -18,40 +14,15 @@ from latrace.tracer.commands.tracing import (
     say_written,
     trace,
 )
-from latrace.tracer.targets import Request, parse_ids, parse_names, resolve
-
-Pid = Annotated[
-    str | None,
-    typer.Option(
-        "-p", "--pid", metavar="PID[,PID]", help="Processes: all their threads, present and future."
-    ),
-]
-Tid = Annotated[
-    str | None, typer.Option("-t", "--tid", metavar="TID[,TID]", help="Single threads.")
-]
-Comm = Annotated[
-    str | None,
-    typer.Option(
-        "--comm", metavar="NAME[,NAME]", help="Processes by name; a trailing * is a prefix."
-    ),
-]
-Cgroup = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--cgroup",
-        metavar="PATH",
-        help="All processes of a cgroup, present and future: its directory, or its path in the"
-        " cpu (v1) or unified (v2) hierarchy. May be repeated.",
-    ),
-]
+from latrace.tracer.targets import resolve
 
 
 def attach(
     *,
-    pid: Pid = None,
-    tid: Tid = None,
-    comm: Comm = None,
-    cgroup: Cgroup = None,
+    pid: params.Pid = None,
+    tid: params.Tid = None,
+    comm: params.Comm = None,
+    cgroup: params.Cgroup = None,
     children: params.Children = False,
     duration: params.Duration = None,
     output: params.Output = None,
@@ -77,13 +48,7 @@ def attach(
     sudo latrace attach --comm redis-server,node -d 30s -o spike.data
     """
     status = Status(quiet=quiet, verbose=verbose)
-    request = Request(
-        pids=parse_ids(pid, option="--pid") if pid is not None else (),
-        tids=parse_ids(tid, option="--tid") if tid is not None else (),
-        comms=parse_names(comm, option="--comm") if comm is not None else (),
-        cgroups=tuple(cgroup or ()),
-        children=children,
-    )
+    request = params.make_request(pid=pid, tid=tid, comm=comm, cgroup=cgroup, children=children)
     with StopOnSignals() as signals:
         targets = resolve(request)
         options = params.make_options(

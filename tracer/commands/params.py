@@ -18,8 +18,32 @@ from latrace.tracer.options import (
     PARTS,
     Options,
 )
-from latrace.tracer.targets import Targets
+from latrace.tracer.targets import Request, Targets, parse_ids, parse_names
 
+Pid = Annotated[
+    str | None,
+    typer.Option(
+        "-p", "--pid", metavar="PID[,PID]", help="Processes: all their threads, present and future."
+    ),
+]
+Tid = Annotated[
+    str | None, typer.Option("-t", "--tid", metavar="TID[,TID]", help="Single threads.")
+]
+Comm = Annotated[
+    str | None,
+    typer.Option(
+        "--comm", metavar="NAME[,NAME]", help="Processes by name; a trailing * is a prefix."
+    ),
+]
+Cgroup = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--cgroup",
+        metavar="PATH",
+        help="All processes of a cgroup, present and future: its directory, or its path in the"
+        " cpu (v1) or unified (v2) hierarchy. May be repeated.",
+    ),
+]
 Duration = Annotated[
     str | None,
     typer.Option(
@@ -109,6 +133,19 @@ Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Say nothing on the w
 DEFAULT_SLOW = f"{DEFAULT_SLOW_NS // 1000}us"
 DEFAULT_BUDGET = DEFAULT_STACK_BUDGET_PER_S
 DEFAULT_HZ = DEFAULT_CPU_SAMPLES_HZ
+
+
+def make_request(
+    *, pid: str | None, tid: str | None, comm: str | None, cgroup: list[str] | None, children: bool
+) -> Request:
+    """What to trace from the command line's texts. Raises `UsageError`."""
+    return Request(
+        pids=parse_ids(pid, option="--pid") if pid is not None else (),
+        tids=parse_ids(tid, option="--tid") if tid is not None else (),
+        comms=parse_names(comm, option="--comm") if comm is not None else (),
+        cgroups=tuple(cgroup or ()),
+        children=children,
+    )
 
 
 def make_options(

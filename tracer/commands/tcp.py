@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from latrace.tracer.commands import params
-from latrace.tracer.commands.attach import Pid
 from latrace.tracer.commands.console import Status, program, wants_colour, width_of, write_out
 from latrace.tracer.commands.quantities import parse_run_time
 from latrace.tracer.commands.signals import StopOnSignals
@@ -44,7 +43,7 @@ Source = Annotated[
 
 def tcp(
     *,
-    pid: Pid = None,
+    pid: params.Pid = None,
     everything: All = False,
     duration: params.Duration = None,
     output: params.Output = None,

@@ -9,7 +9,6 @@ from typing import Annotated
 import typer
 
 from latrace.tracer.commands import params
-from latrace.tracer.commands.attach import Cgroup, Comm, Pid, Tid
 from latrace.tracer.commands.console import Status, program
 from latrace.tracer.commands.quantities import (
     parse_duration,
@@ -20,7 +19,7 @@ from latrace.tracer.commands.quantities import (
 from latrace.tracer.commands.signals import StopOnSignals
 from latrace.tracer.commands.tracing import say_next
 from latrace.tracer.errors import UsageError
-from latrace.tracer.targets import Request, parse_ids, parse_names, resolve
+from latrace.tracer.targets import resolve
 from latrace.tracer.watch.bundles import DEFAULT_NAME
 from latrace.tracer.watch.plan import ApplicationRule, Plan
 
@@ -154,10 +153,10 @@ Once = Annotated[bool, typer.Option("--once", help="End after the first bundle."
 
 def watch(
     *,
-    pid: Pid = None,
-    tid: Tid = None,
-    comm: Comm = None,
-    cgroup: Cgroup = None,
+    pid: params.Pid = None,
+    tid: params.Tid = None,
+    comm: params.Comm = None,
+    cgroup: params.Cgroup = None,
     children: params.Children = False,
     p50: P50 = None,
     p90: P90 = None,
@@ -235,13 +234,7 @@ def watch(
         floor_ns=parse_duration(floor, option="--floor"),
     )
     application = _parse_application(metrics, metric, quantile, above, least=min_count)
-    request = Request(
-        pids=parse_ids(pid, option="--pid") if pid is not None else (),
-        tids=parse_ids(tid, option="--tid") if tid is not None else (),
-        comms=parse_names(comm, option="--comm") if comm is not None else (),
-        cgroups=tuple(cgroup or ()),
-        children=children,
-    )
+    request = params.make_request(pid=pid, tid=tid, comm=comm, cgroup=cgroup, children=children)
     plan = Plan(
         settings=settings,
         rules=rules,
