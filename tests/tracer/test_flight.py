@@ -10,7 +10,7 @@ import pyarrow as pa
 from latrace.analysis import schema
 from latrace.tracer.records import HIST
 from latrace.tracer.watch.flight import FlightRecorder
-from latrace.tracer.watch.marks import Longest, Mark, grown_hist
+from latrace.tracer.watch.marks import LongestWaits, Mark, grown_hist
 
 
 def samples(*times_ns: int) -> dict[str, Any]:
@@ -151,7 +151,7 @@ def test_the_growth_of_histograms_and_its_longest_wait() -> None:
         (7, {"wait_ns": 160, "max_ns": 90, "slots": {10: 3, 40: 1, 90: 1}}),
         (8, {"wait_ns": 5, "max_ns": 5, "slots": {5: 1}}),
     )
-    none = Longest({}, {})
+    none = LongestWaits({}, {})
     grown = grown_hist(start, end, none)
     assert grown["wait_ns"].tolist() == [60, 5]
     assert grown["slots"][0][[10, 40, 90]].tolist() == [2, 1, 0]

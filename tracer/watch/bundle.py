@@ -20,7 +20,7 @@ from latrace.tracer.writer import CaptureWriter
 
 from .bundles import write_spike
 from .flight import FlightRecorder, Piece
-from .marks import Longest, Mark, grown_hist, grown_overshoots
+from .marks import LongestWaits, Mark, grown_hist, grown_overshoots
 
 _PIECES_AT_ONCE: Final = 8
 _NO_END: Final = 2**63 - 1
@@ -34,12 +34,12 @@ class _Waits:
     tgid: list[npt.NDArray[np.int32]] = field(default_factory=list)
     wait_ns: list[npt.NDArray[np.uint64]] = field(default_factory=list)
 
-    def longest(self) -> Longest:
+    def longest(self) -> LongestWaits:
         """The longest wait by thread and by process, ns."""
         if not self.tid:
-            return Longest({}, {})
+            return LongestWaits({}, {})
         wait_ns = np.concatenate(self.wait_ns)
-        return Longest(
+        return LongestWaits(
             _greatest(np.concatenate(self.tid), wait_ns),
             _greatest(np.concatenate(self.tgid), wait_ns),
         )
@@ -98,7 +98,7 @@ class Bundle:
         """Lay a file beside the tables."""
         self.out.replace(name, data)
 
-    def longest(self) -> Longest:
+    def longest(self) -> LongestWaits:
         """The longest waits of the rows written so far."""
         return self._waits.longest()
 

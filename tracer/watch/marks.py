@@ -72,14 +72,14 @@ def take(
 
 
 @dataclass(frozen=True, slots=True)
-class Longest:
+class LongestWaits:
     """The longest of the waits that have a row, by thread and by process, in ns."""
 
     threads: Mapping[int, int]
     processes: Mapping[int, int]
 
 
-def grown_hist(start: Mark, end: Mark, longest: Longest) -> npt.NDArray[np.void]:
+def grown_hist(start: Mark, end: Mark, longest: LongestWaits) -> npt.NDArray[np.void]:
     """The histograms of the time between two marks, shape (len(end.tgids),) of dtype HIST.
 
     The longest wait is exact if it was the longest ever, or has a row; else the highest it can
@@ -118,7 +118,7 @@ def grown_counters(start: Mark, end: Mark) -> dict[str, int]:
 
 
 def grown_threads(
-    start: Mark, ended: npt.NDArray[np.void], alive: npt.NDArray[np.void], longest: Longest
+    start: Mark, ended: npt.NDArray[np.void], alive: npt.NDArray[np.void], longest: LongestWaits
 ) -> npt.NDArray[np.void]:
     """The threads between a mark and now, shape (n,) of dtype THREAD, with their growth since.
 
