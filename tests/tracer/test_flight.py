@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from latrace.analysis import schema
+from latrace.analysis.histogram import bounds, slot_of
 from latrace.tracer.records import HIST
 from latrace.tracer.watch.flight import FlightRecorder
 from latrace.tracer.watch.marks import LongestWaits, Mark, grown_hist
@@ -158,3 +159,19 @@ def test_the_growth_of_histograms_and_its_longest_wait() -> None:
     assert grown["max_ns"].tolist() == [40, 5]  # the bucket's upper end: below 128 ns a value each
     longer = mark(1, (7, {"wait_ns": 300, "max_ns": 120, "slots": {10: 1, 90: 1, 120: 1}}))
     assert grown_hist(start, longer, none)["max_ns"].tolist() == [120]
+
+
+def test_the_longest_wait_between_two_marks_is_that_of_its_row() -> None:
+    top = int(slot_of(1000))
+    low, high = (int(bound) for bound in bounds(top))
+    start = mark(0, (7, {"max_ns": 5000, "slots": {top + 50: 1}}))
+    end = mark(1, (7, {"max_ns": 5000, "slots": {top: 1, top + 50: 1}}))
+
+    def longest(row_ns: int, end: Mark = end) -> int:
+        grown = grown_hist(start, end, LongestWaits({}, {7: row_ns}))
+        return int(grown["max_ns"][0])
+
+    assert longest(1000) == 1000
+    assert (longest(low), longest(high - 1)) == (low, high - 1)
+    assert (longest(low - 1), longest(high)) == (high - 1, high - 1)  # another wait's
+    assert longest(0, start) == 0  # nobody waited

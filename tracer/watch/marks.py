@@ -96,11 +96,13 @@ def grown_hist(start: Mark, end: Mark, longest: LongestWaits) -> npt.NDArray[np.
         entry["max_ns"] = ever
         if ever == int(then["max_ns"]):
             filled = np.flatnonzero(entry["slots"])
-            _, high = bounds(filled[-1:])
-            bound = min(int(high[0]) - 1, ever) if len(filled) else 0
+            if not len(filled):
+                entry["max_ns"] = 0
+                continue
+            low, high = (int(bound) for bound in bounds(filled[-1]))
+            most = min(high - 1, ever)
             row = longest.processes.get(tgid, 0)
-            low = int(bounds(filled[-1:])[0][0]) if len(filled) else 0
-            entry["max_ns"] = row if low <= row <= bound else bound
+            entry["max_ns"] = row if low <= row <= most else most
     return grown
 
 
