@@ -32,7 +32,7 @@ from .view import WatchView
 if TYPE_CHECKING:
     from latrace.tracer.session import Snapshot
 
-    from .watcher import Watch, Written
+    from .watcher import Watch
 
 _EXPLAIN_S: Final = 120.0
 """That the last bundles may take to be explained when the watch ends."""
@@ -141,10 +141,10 @@ class _Service:
         self._signals = signals
         self.watch: Watch | None = None
 
-    def wrote(self, written: Written) -> None:
+    def wrote(self, path: Path) -> None:
         """A bundle is on disk."""
-        self.view.say(f"wrote {from_here(written.path)}")
-        self._explainer.add(written.path)
+        self.view.say(f"wrote {from_here(path)}")
+        self._explainer.add(path)
 
     def look(self) -> None:
         """Some ten times a second."""

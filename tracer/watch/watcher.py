@@ -71,14 +71,6 @@ class State(Enum):
     COOLDOWN = "cooling down"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Written:
-    """A bundle that is on disk."""
-
-    path: Path
-    firings: tuple[Firing, ...]
-
-
 @dataclass(frozen=True, slots=True)
 class _Backdrop:
     """What is too dear to be looked at with each mark."""
@@ -93,7 +85,7 @@ class Watch(Tracer):
     """Watches the targets of `options`; a context manager, as `Tracer` is.
 
     `host`, `control` and `profiles` stay the caller's. `say` gets lines for people; `on_bundle`
-    each bundle when it is on disk.
+    the path of each bundle when it is on disk.
     """
 
     sleep_max_s = TICK_S
@@ -110,7 +102,7 @@ class Watch(Tracer):
         control: ControlSocket | None,
         profiles: Profiles | None,
         say: Callable[[str], None],
-        on_bundle: Callable[[Written], None],
+        on_bundle: Callable[[Path], None],
         loading: Loading | None = None,
     ) -> None:
         super().__init__(options, self._no_output, command=command, loading=loading)
@@ -472,7 +464,7 @@ class Watch(Tracer):
         )
         self._bundle = None
         self.state = State.COOLDOWN
-        self._on_bundle(Written(path=bundle.out.path, firings=self._firings))
+        self._on_bundle(bundle.out.path)
         self._tidy()
 
     def _spike(self, bundle: Bundle, end: Mark, notes: list[str]) -> dict[str, Any]:
