@@ -87,10 +87,6 @@ class ApplicationLatency:
         value = "-" if self._value_s is None else duration(int(self._value_s * 1e9))
         return f"{self._spec.name} {value} of {duration(int(self._above_s * 1e9))}"
 
-    def cpu_s(self) -> float:
-        """CPU time that asking has taken, in seconds."""
-        return self._metrics.cpu_s()
-
     def close(self) -> None:
         """End the child that asks."""
         self._metrics.close()

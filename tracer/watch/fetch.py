@@ -205,7 +205,6 @@ class Fetcher:
         self._ready = self._closed = False
         self._start_at_s = 0.0
         self._pause_s = 0.0
-        self._cpu_ended_s = 0.0
         self._header = bytearray(FRAME.size)
         self._message = bytearray()
         self._have = 0
@@ -225,10 +224,6 @@ class Fetcher:
     def fileno(self) -> int:
         """What becomes readable when `poll` has something to do; -1 while no child runs."""
         return -1 if self._connection is None else self._connection.fileno()
-
-    def cpu_s(self) -> float:
-        """CPU time that all children of this have used, in seconds."""
-        return self._cpu_ended_s + (0.0 if self._process is None else _cpu_of(self._process.pid))
 
     def start(self) -> None:
         """Start the child without waiting for it, so that a first fetch finds it ready."""
@@ -420,7 +415,6 @@ class Fetcher:
         if connection is not None:
             connection.close()
         if process is not None:
-            self._cpu_ended_s += _cpu_of(process.pid)
             process.kill()
             # Under full load it takes a while to die; nobody needs to wait for that.
             self._dying.append(process)
@@ -451,15 +445,6 @@ def _widen(theirs: socket.socket) -> None:
         with suppress(OSError):
             theirs.setsockopt(socket.SOL_SOCKET, option, SOCKET_BUFFER)
             return
-
-
-def _cpu_of(pid: int) -> float:
-    """CPU time of a process, in seconds; proc_pid_stat(5), fields 14 and 15."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return 0.0
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def _words(text: object) -> str:

@@ -282,10 +282,6 @@ class Metrics:
         """When `step` is to be called next at the latest, on CLOCK_MONOTONIC."""
         return self._due_s if self._fetch is None else self._asked_s + TIMEOUT_S
 
-    def cpu_s(self) -> float:
-        """CPU time of the child, in seconds."""
-        return self._fetcher.cpu_s()
-
     def step(self, now_s: float | None = None) -> bool:
         """Take what has come, ask when it is time; True: `latency` has a new reading.
 

@@ -123,10 +123,6 @@ class Profiles:
         """What becomes readable when `poll` has something to do; -1: nothing is under way."""
         return self._fetcher.fileno()
 
-    def cpu_s(self) -> float:
-        """CPU time of the child, in seconds."""
-        return self._fetcher.cpu_s()
-
     def start(self, seconds: float) -> bool:
         """Ask for all profiles, of the coming `seconds` (whole ones, for Go); False: it runs."""
         if self.running:
