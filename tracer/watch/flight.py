@@ -43,7 +43,7 @@ class Piece:
     table: str
     first_ns: int
     last_ns: int
-    """Of its rows, CLOCK_MONOTONIC; of names: when they were flushed."""
+    """Of its rows, CLOCK_MONOTONIC; names have no age: 0."""
     epoch: int
     """See `FlightRecorder.begin_epoch`."""
     data: bytes
@@ -82,8 +82,6 @@ class FlightRecorder:
         self.epoch = 0
         self.bytes = 0
         """What is kept."""
-        self.manifest: dict[str, Any] = {}
-        """What was last said of the trace."""
 
     # ---------------------------------------------------------- as a Writer
 
@@ -125,8 +123,7 @@ class FlightRecorder:
         (self._names if table in _NAMES else self._pieces).append(piece)
 
     def update_manifest(self, changes: Mapping[str, Any]) -> None:
-        """Remember what is said of the trace."""
-        self.manifest.update(changes)
+        """Nothing: each bundle has a manifest of its own."""
 
     def close(self, *, complete: bool) -> None:  # noqa: ARG002 - as of a Writer
         """Forget everything. Safe to call again."""
