@@ -147,7 +147,7 @@ class _Service:
         self._explainer.add(path)
 
     def look(self) -> None:
-        """Some ten times a second."""
+        """Some five times a second."""
         for each in self._explainer.poll():
             self.tell(each)
             if self._plan.once:

@@ -1,4 +1,4 @@
-"""When a watch fires: rules over what the probes count, looked at some ten times a second.
+"""When a watch fires: rules over what the probes count, looked at some five times a second.
 
 The probes' histograms only ever grow. A rule sees the growth over the last `--window`, as the
 difference between now and the newest look that is at least so old. Nothing here grows with time:

@@ -146,7 +146,7 @@ class Watch(Tracer):
     ) -> None:
         """Watch until `stop` is set, the duration is over or all targets have ended.
 
-        `on_look` is called some ten times a second, `on_tick` once.
+        `on_look` is called some five times a second, `on_tick` once.
         """
         self._on_look = on_look
         self.run(stop=stop, on_tick=on_tick)
