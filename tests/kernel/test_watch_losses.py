@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from network import Host, two_hosts
-from watching import watching
+from watching import said, watching
 
 # What else a shared machine does can be a spike of its own, or hide one.
 pytestmark = pytest.mark.kernel
@@ -103,7 +103,7 @@ def test_a_burst_of_loss(hosts: tuple[Host, Host], tmp_path: Path) -> None:
     assert first.startswith(f"{lost['segs']:,} TCP segments were sent again (limit 20) at ")
     assert second.startswith(f"They went to {far.v4}:{PORT}; ")
     assert "waited for what was lost" in second
-    (headline,) = [line for line in watch.lines if line.startswith(first)]
+    (headline,) = said(watch, first)
     assert headline == f"{first} Lost TCP segments to {far.v4}:{PORT}."
 
 

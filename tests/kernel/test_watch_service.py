@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 from traffic import WORKLOADS, Traffic, build_service
-from watching import Watching, watching
+from watching import Watching, said, watching
 
 from latrace.analysis.go_runtime import parse_memstats
 
@@ -117,7 +117,7 @@ def test_a_storm_of_garbage(service: Server, tmp_path: Path) -> None:
     spike = whole(watch)
     (trigger,) = spike["triggers"]
     assert trigger["kind"] == "metric" and trigger["value"] > trigger["threshold"] == 0.025
-    (fired,) = [line for line in watch.lines if line.startswith("fired: ")]
+    (fired,) = said(watch, "fired: ")
     assert fired.endswith(", over 25.0 ms") and " 0 " not in fired
     profiles = spike["profiles"]
     assert profiles["files"] == FILES and profiles["errors"] == []
@@ -139,7 +139,7 @@ def test_a_storm_of_garbage(service: Server, tmp_path: Path) -> None:
     assert analysis["cause"] in {"on_cpu", "own"}, analysis["grew"]
     (work,) = [line for line in analysis["grew"] if line["what"] == "on_cpu"]
     assert work["collector"] > 0.4
-    (headline,) = [line for line in watch.lines if line.startswith("The service's own")]
+    (headline,) = said(watch, "The service's own")
     assert headline.endswith("Go's garbage collector.")
     text = " ".join(analysis["sentences"])
     assert "Go's garbage collector stopped the world" in text
@@ -192,7 +192,7 @@ def test_steady_load_fires_nothing(service: Server, tmp_path: Path) -> None:
         watch.wait_for("Asked for")
         assert watch.stop() == 0
     assert len(watch.bundles) == 1
-    assert [line for line in watch.lines if line.startswith("!!!") and "fewer" not in line] == []
+    assert [line for line in said(watch, "!!!") if "fewer" not in line] == []
     spike = whole(watch)
     assert spike["profiles"]["files"] == FILES
     assert spike["profiles"]["gc"]["goroutines"] >= 1
@@ -241,7 +241,7 @@ def test_metrics_that_hang_or_lie(service: Server, tmp_path: Path, how: str) -> 
             watch.process.send_signal(signal.SIGUSR2)
             watch.wait_for("Asked for")
             assert watch.stop() == 0
-        troubles = [line for line in watch.lines if line.startswith(f"!!! {url}")]
+        troubles = said(watch, f"!!! {url}")
     assert len(troubles) == 1, troubles
     assert whole(watch)["profiles"]["files"] == FILES
 
@@ -272,8 +272,6 @@ def test_endpoints_that_die(service: Server, tmp_path: Path) -> None:
     gone = "refuses the connection: nobody listens there"
     assert len(second["errors"]) == len(FILES)
     assert all(error.endswith(gone) for error in second["errors"])
-    troubles = [
-        line for line in watch.lines if line.startswith(f"!!! http://{other.address}/metrics ")
-    ]
+    troubles = said(watch, f"!!! http://{other.address}/metrics ")
     assert 1 <= len(troubles) <= 2, troubles  # it hung up, then it refuses
     assert troubles[-1].endswith(gone)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from watching import LATRACE, TIMEOUT_S, Bundle, Watching, build_steady, hog, steady, watching
+from watching import LATRACE, TIMEOUT_S, Bundle, Watching, build_steady, hog, said, steady, watching
 
 import latrace
 from latrace.analysis.summary import summarise
@@ -95,10 +95,6 @@ def fire(watch: Watching, *, count: int = 1) -> None:
     """Fire by hand, the `count`-th time."""
     watch.process.send_signal(signal.SIGUSR2)
     watch.wait_for("fired: by hand", count=count)
-
-
-def said(watch: Watching, beginning: str) -> list[str]:
-    return [line for line in watch.lines if line.startswith(beginning)]
 
 
 def check_whole(bundle: Bundle) -> None:

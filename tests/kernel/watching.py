@@ -101,7 +101,7 @@ class Watching:
         deadline = time.monotonic() + timeout_s
         with self.said:
             while True:
-                found = [line for line in self.lines if line.startswith(beginning)]
+                found = said(self, beginning)
                 if len(found) >= count:
                     return found[count - 1]
                 left = deadline - time.monotonic()
@@ -122,6 +122,11 @@ class Watching:
 
     def bundle(self, number: int = 0) -> Bundle:
         return Bundle(self.bundles[number])
+
+
+def said(watch: Watching, beginning: str) -> list[str]:
+    """The lines so far that begin so."""
+    return [line for line in watch.lines if line.startswith(beginning)]
 
 
 @dataclass(slots=True)
