@@ -247,6 +247,12 @@ def watch(
         once=once,
         as_json=as_json,
     )
+    for option, url in (("--metrics", metrics), ("--pprof", pprof)):
+        if url is not None and pid is None:
+            raise UsageError(
+                f"{option} is asked in the network of a process, and none is named",
+                hint="name the process with --pid",
+            )
     with StopOnSignals() as signals:
         targets = resolve(request)
         options = params.make_options(

@@ -15,7 +15,7 @@ from latrace.analysis.errors import CaptureError
 from latrace.tracer.commands.console import Status, from_here, write_out
 from latrace.tracer.commands.signals import StopOnSignals
 from latrace.tracer.doctor import explained, require_tracing
-from latrace.tracer.errors import LatraceError, UsageError
+from latrace.tracer.errors import LatraceError
 from latrace.tracer.options import Options
 from latrace.tracer.targets import Targets
 
@@ -92,7 +92,7 @@ def _watch(
         if plan.application is not None:
             application = ApplicationLatency(
                 plan.application,
-                _pid(options, "--metrics"),
+                options.pids[0],  # whose network the address is in
                 window_s=settings.window_s,
                 say=view.say,
             )
@@ -100,7 +100,7 @@ def _watch(
             rules.append(application)
         profiles = None
         if plan.pprof is not None:
-            profiles = Profiles(plan.pprof, _pid(options, "--pprof"))
+            profiles = Profiles(plan.pprof, options.pids[0])
             undo.callback(profiles.close)
         with explained():
             from latrace.tracer.loader import Loading  # noqa: PLC0415 - errors come before it
@@ -181,16 +181,6 @@ def _keep_off_the_cpus_of(targets: Targets) -> None:
             theirs |= os.sched_getaffinity(task.tid)
     if theirs and (others := os.sched_getaffinity(0) - theirs):
         os.sched_setaffinity(0, others)
-
-
-def _pid(options: Options, option: str) -> int:
-    """Whose network an address is in: the first process named."""
-    if not options.pids:
-        raise UsageError(
-            f"{option} is asked in the network of a process, and none is named",
-            hint="name the process with --pid",
-        )
-    return options.pids[0]
 
 
 def _control(description: str, view: WatchView) -> ControlSocket | None:
