@@ -23,8 +23,8 @@ import pwd
 import re
 import secrets
 import stat
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -34,17 +34,19 @@ from latrace.tracer.errors import LatraceError, UsageError
 
 DEFAULT_NAME = "latrace.data"
 OLD_SUFFIX = ".old"
+MANIFEST = "manifest.json"
 
-_MANIFEST = "manifest.json"
 _TABLE_SUFFIX = ".arrows"
 _TEMPORARY_PREFIX = ".latrace."
 _TEMPORARY_SUFFIX = ".tmp"
 _MOST_ENTRIES = 1000  # of a capture; who put in more is not us, and may not cost us memory
+_ATTEMPTS = 100
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 _OUT_OF_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+_TAKEN = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR)  # what a rename to a name in use says
 
 # setgroups(2) by number: libc's function sends the change to all threads. arch/*/syscall.tbl
 # and include/uapi/asm-generic/unistd.h.
@@ -250,15 +252,19 @@ def _hold_new(parent: int, name: str, shown: Path) -> int:
         status = os.fstat(fd)
         mine = status.st_uid == _file_system_uid() and not stat.S_IMODE(status.st_mode) & 0o077
         if not mine or _entries(fd):
-            raise LatraceError(
-                f"{shown} was exchanged while it was made",
-                hint="choose a directory that only you can write to, with -o",
-            )
+            raise _exchanged(shown)
         _lock(fd, shown)
     except BaseException:
         os.close(fd)
         raise
     return fd
+
+
+def _exchanged(shown: Path) -> LatraceError:
+    return LatraceError(
+        f"{shown} was exchanged while it was made",
+        hint="choose a directory that only you can write to, with -o",
+    )
 
 
 def _set_aside(parent: int, name: str, shown: Path) -> None:
@@ -294,8 +300,8 @@ def _open_capture(parent: int, name: str, shown: Path) -> int:
             raise LatraceError(
                 f"{shown} holds what latrace did not write: {min(strangers)!r}", hint=hint
             )
-        if entries and _MANIFEST not in entries:
-            raise LatraceError(f"{shown} is not a capture: it has no {_MANIFEST}", hint=hint)
+        if entries and MANIFEST not in entries:
+            raise LatraceError(f"{shown} is not a capture: it has no {MANIFEST}", hint=hint)
         _lock(fd, shown)
     except BaseException:
         os.close(fd)
@@ -309,7 +315,7 @@ def _entries(directory: int) -> list[str]:
 
 def _is_ours(directory: int, entry: str, more: re.Pattern[str] | None = None) -> bool:
     named = (
-        entry == _MANIFEST
+        entry == MANIFEST
         or entry.endswith(_TABLE_SUFFIX)
         or _is_temporary(entry)
         or (more is not None and more.fullmatch(entry) is not None)
@@ -350,7 +356,7 @@ class OutputFolder:
     def names(self, own: re.Pattern[str]) -> list[str]:
         """What in it has a name of ours, in no order. Raises LatraceError when it cannot be read.
 
-        Also what a removal that was cut off has left: give these names to `remove`.
+        Also what a `make` or a removal that was cut off has left: give these names to `remove`.
         """
         with _explained(self.path, "read"), acting_as(self._caller), os.scandir(self._fd) as found:
             return [
@@ -363,29 +369,66 @@ class OutputFolder:
         """Whether somebody has removed the directory itself: nothing can be made in it any more."""
         return os.fstat(self._fd).st_nlink == 0
 
-    def make(self, name: str) -> OutputDir | None:
-        """Make a capture's directory, locked; None when the name is taken.
+    def make(self, name: str, first: Mapping[str, bytes]) -> OutputDir | None:
+        """Make a capture's directory, locked, with the files `first` (name → content) in it.
 
-        Raises LatraceError when it cannot be made.
+        They are in it before it has its name: a kill in between leaves what `remove` takes for
+        half removed. None when the name is taken, by whatever it is. Raises LatraceError when it
+        cannot be made; nothing is left of it then.
         """
         shown = self.path / name
-        with _explained(shown), acting_as(self._caller):
-            try:
-                os.mkdir(name, 0o700, dir_fd=self._fd)
-            except FileExistsError:
+        with _explained(shown), acting_as(self._caller), ExitStack() as undo:
+            # A rename would replace an empty directory.
+            if _exists(self._fd, name):
                 return None
+            temporary, fd = self._make_temporary(shown)
+            undo.callback(os.close, fd)
+            undo.callback(self._clear, temporary, fd, first)
+            for entry, data in first.items():
+                with _explained(shown / entry):
+                    _write_new(fd, entry, data)
+            try:
+                os.rename(temporary, name, src_dir_fd=self._fd, dst_dir_fd=self._fd)
+            except OSError as error:
+                if error.errno in _TAKEN:
+                    return None
+                raise
+            if not _same(self._fd, name, os.fstat(fd)):
+                raise _exchanged(shown)
+            undo.pop_all()
+        return OutputDir(shown, fd, self._caller)
+
+    def _make_temporary(self, shown: Path) -> tuple[str, int]:
+        """Make an empty directory of a temporary name; returns that, and it open and locked."""
+        for _ in range(_ATTEMPTS):
+            name = _temporary_name()
+            os.mkdir(name, 0o700, dir_fd=self._fd)
             try:
                 fd = _hold_new(self._fd, name, shown)
+            except _InUseError:
+                continue  # another of us takes it for half removed, and goes on with that
             except FileNotFoundError:
                 if self.is_removed():
                     raise
-                return None  # another of us took it for an old one and removed it, or is about to
-            except _InUseError:
-                return None
-            if not _same(self._fd, name, os.fstat(fd)):
-                os.close(fd)
-                return None
-        return OutputDir(shown, fd, self._caller)
+                continue  # another of us has removed it
+            except BaseException:
+                self._clear(name)
+                raise
+            if _same(self._fd, name, os.fstat(fd)):
+                return name, fd
+            os.close(fd)
+        raise LatraceError(
+            f"cannot write {shown}: it is removed each time before it is whole",
+            hint="choose another place with -o",
+        )
+
+    def _clear(self, name: str, fd: int = -1, entries: Iterable[str] = ()) -> None:
+        """Take a directory away that did not become one of ours, as far as that works."""
+        for entry in entries:
+            with suppress(OSError):
+                os.unlink(entry, dir_fd=fd)
+        with suppress(OSError):
+            os.rmdir(name, dir_fd=self._fd)
 
     def weigh(self, name: str) -> int | None:
         """The bytes that one of ours takes on the disk; None when it is gone or not of our user.

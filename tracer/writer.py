@@ -116,6 +116,21 @@ def _escaped(value: str) -> str:
     return raw.decode("utf-8", "backslashreplace")
 
 
+def first_manifest(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """What the file says from the beginning of a capture: `manifest`, and that it goes on."""
+    from latrace.analysis import schema
+
+    first: dict[str, Any] = {"schema": schema.SCHEMA_VERSION}
+    _merge(first, {**manifest, "complete": False})
+    return first
+
+
+def encode_manifest(manifest: Mapping[str, Any]) -> bytes:
+    """A manifest as the file's content. Raises TypeError or ValueError for what JSON lacks."""
+    text = json.dumps(manifest, indent=1, allow_nan=False, default=_plain)
+    return text.encode("ascii") + b"\n"
+
+
 class CaptureWriter:
     """Writes a capture into a directory made by `create_output_dir`, which it then owns.
 
@@ -132,13 +147,13 @@ class CaptureWriter:
         self._schemas = schema.TABLES
         self._manifest_name = schema.MANIFEST
         self._suffix = schema.SUFFIX
-        self._manifest: dict[str, Any] = {"schema": schema.SCHEMA_VERSION}
+        self._manifest: dict[str, Any] = {}
         self._tables: dict[str, _Table] = {}
         self._dead = False
         self._closed = False
         self.rows: dict[str, int] = dict.fromkeys(schema.TABLES, 0)
         """Rows appended so far, by table."""
-        self.update_manifest({**manifest, "complete": False})
+        self.update_manifest(first_manifest(manifest))
 
     def append(self, table: str, batch: pa.RecordBatch | Mapping[str, Any]) -> None:
         """Add rows: a record batch, or columns by name (numpy arrays, lists or Arrow arrays).
@@ -173,12 +188,12 @@ class CaptureWriter:
         """
         merged = copy.deepcopy(self._manifest)
         _merge(merged, changes)
-        text = json.dumps(merged, indent=1, allow_nan=False, default=_plain)
+        data = encode_manifest(merged)
         self._manifest = merged
         if self._dead:
             return
         try:
-            self._out.replace(self._manifest_name, text.encode("ascii") + b"\n")
+            self._out.replace(self._manifest_name, data)
         except LatraceError:
             self._dead = True
             raise

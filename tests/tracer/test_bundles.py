@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import os
@@ -18,6 +19,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from latrace.analysis.schema import SCHEMA_VERSION
 from latrace.tracer import outputs
 from latrace.tracer.errors import LatraceError, UsageError
 from latrace.tracer.outputs import OutputDir
@@ -52,7 +54,7 @@ def fill(out: OutputDir, *, size: int = 0) -> str:
 
 
 def make(bundles: Bundles, seconds: int = 0, *, size: int = 0) -> str:
-    return fill(bundles.new(FIRED_NS + seconds * 10**9), size=size)
+    return fill(bundles.new(FIRED_NS + seconds * 10**9, {}), size=size)
 
 
 def names(folder: Path) -> list[str]:
@@ -93,8 +95,120 @@ def test_a_name_that_is_taken_by_anything_is_passed_over(folder: Path, kind: str
     assert make(bundles) == "spike-20261121-113205-2"
 
 
+def test_a_new_one_has_its_first_manifest(folder: Path) -> None:
+    with Bundles(folder, keep=9, disk_bytes=PLENTY).new(FIRED_NS, {"host": "h"}) as out:
+        assert names(out.path) == ["manifest.json"]
+        told = json.loads((out.path / "manifest.json").read_bytes())
+        assert told == {"schema": SCHEMA_VERSION, "host": "h", "complete": False}
+        assert stat.S_IMODE((out.path / "manifest.json").stat().st_mode) == 0o600
+
+
+@pytest.mark.parametrize("kind", ["file", "link", "directory"])
+def test_a_name_that_is_taken_meanwhile_is_passed_over(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    bundles = Bundles(folder, keep=9, disk_bytes=PLENTY)
+    taken = folder / "spike-20261121-113205"
+    real = outputs._write_new
+
+    def write(directory: int, name: str, data: bytes) -> None:
+        monkeypatch.undo()
+        real(directory, name, data)
+        if kind == "file":
+            taken.touch()
+        elif kind == "link":
+            taken.symlink_to("/etc")
+        else:
+            taken.mkdir()
+            (taken / "manifest.json").touch()
+
+    monkeypatch.setattr(outputs, "_write_new", write)
+    assert make(bundles) == "spike-20261121-113205-2"
+    assert names(folder) == ["spike-20261121-113205", "spike-20261121-113205-2"]
+
+
+@pytest.mark.parametrize("step", ["hold", "write", "rename", "exchange"])
+def test_nothing_is_left_of_one_that_cannot_be_made(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    bundles = Bundles(folder, keep=9, disk_bytes=PLENTY)
+    descriptors = len(os.listdir("/proc/self/fd"))  # noqa: PTH208
+    real_write, real_rename = outputs._write_new, os.rename
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def half(directory: int, name: str, data: bytes) -> None:
+        real_write(directory, name, data[:5])
+        full()
+
+    def exchange(old: str, new: str, **where: int) -> None:
+        real_rename(old, new, **where)
+        real_rename(folder / new, folder.with_name("theirs"))
+
+    monkeypatch.setattr(
+        *{
+            "hold": (outputs, "_hold_new", full),
+            "write": (outputs, "_write_new", half),
+            "rename": (os, "rename", full),
+            "exchange": (os, "rename", exchange),
+        }[step]
+    )
+    words = "was exchanged" if step == "exchange" else "the disk is full"
+    with pytest.raises(LatraceError, match=words):
+        bundles.new(FIRED_NS, {})
+    assert names(folder) == []
+    assert len(os.listdir("/proc/self/fd")) == descriptors  # noqa: PTH208
+    monkeypatch.undo()
+    assert make(bundles) == "spike-20261121-113205"
+
+
+KILLED = """
+import json, os, random, signal, sys, time
+from pathlib import Path
+from latrace.tracer.watch.bundles import NAME, Bundles
+
+folder, kills, fired_ns = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+chance = random.Random(7)
+bundles = Bundles(folder, keep=1, disk_bytes=0)
+bundles.new(fired_ns, {}).close()  # what it imports is there before anyone forks
+named = halves = 0
+for number in range(1, kills + 1):
+    reader, writer = os.pipe()
+    child = os.fork()
+    if not child:
+        os.write(writer, b"r")
+        for step in range(10**6):
+            bundles.new(fired_ns + (number * 1000 + step) * 10**9, {"words": "x" * 5000}).close()
+    os.read(reader, 1)
+    time.sleep(chance.random() * 0.002)
+    os.kill(child, signal.SIGKILL)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    os.close(reader), os.close(writer)
+    for entry in folder.iterdir():
+        if NAME.fullmatch(entry.name):
+            named += 1
+            assert json.loads((entry / "manifest.json").read_bytes())["complete"] is False, entry
+        else:
+            halves += 1
+            assert entry.name.startswith(".latrace."), entry
+    assert bundles.tidy().notes == ()
+    left = [entry.name for entry in folder.iterdir()]
+    assert len(left) <= 2 and all(map(NAME.fullmatch, left)), left
+print(named, halves)
+"""
+
+
+def test_killed_at_any_moment_there_is_a_manifest_or_no_bundle(folder: Path) -> None:
+    words = (sys.executable, "-c", KILLED, str(folder), "250", str(FIRED_NS))
+    ended = subprocess.run(words, check=False, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    named, halves = map(int, ended.stdout.split())
+    assert named > 250 and halves > 10
+
+
 def test_spike_json_is_plain_ascii(folder: Path) -> None:
-    with Bundles(folder, keep=1, disk_bytes=PLENTY).new(FIRED_NS) as out:
+    with Bundles(folder, keep=1, disk_bytes=PLENTY).new(FIRED_NS, {}) as out:
         document = {"schema": 1, "reason": "\u20ac \x1b[2J \udc80"}
         write_spike(out, document)
         raw = (out.path / "spike.json").read_bytes()
@@ -209,7 +323,7 @@ def test_the_one_made_last_stays_though_its_name_is_older(folder: Path) -> None:
 def test_one_that_is_being_written_stays_and_none_goes_for_it(folder: Path) -> None:
     """Two watches share a directory, and each its limit."""
     one, other = (Bundles(folder, keep=2, disk_bytes=PLENTY) for _ in range(2))
-    writing = one.new(FIRED_NS)
+    writing = one.new(FIRED_NS, {})
     made = [make(other, number) for number in range(1, 4)]
     assert removed(other.tidy()) == made[:1]
     assert names(folder) == [writing.path.name, *made[1:]]
@@ -241,45 +355,63 @@ def test_two_watches_that_tidy_at_once_remove_no_more_than_one_does(folder: Path
 def test_a_tidy_beside_new_never_costs_a_new_one(
     folder: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
-    """Between making the directory and locking it, another watch may take it for an old one."""
+    """Between making the directory and locking it, another watch may take it for half removed."""
     one, other = (Bundles(folder, keep=1, disk_bytes=0) for _ in range(2))
-    make(one, 1)
-    taken: list[str] = []
+    old = make(one, -1)
+    met: list[str] = []
     real_lock, real_hold = outputs._lock, outputs._hold_new
 
-    def tidy() -> None:
+    def meanwhile() -> None:
+        (made,) = set(names(folder)) - {old}
+        met.append(made)
         monkeypatch.undo()
-        taken.extend(removed(other.tidy()))
 
     def hold(parent: int, name: str, shown: Path) -> int:
-        tidy()
+        meanwhile()
+        assert other.tidy() == Tidied(removed=(), notes=())
         return real_hold(parent, name, shown)
 
     def lock(fd: int, shown: Path) -> None:
+        meanwhile()
         if moment == "before it is locked":
-            tidy()
+            assert other.tidy() == Tidied(removed=(), notes=())
             real_lock(fd, shown)
-        else:
-            monkeypatch.undo()
-            held = os.open(shown, os.O_RDONLY)  # another looks at it
-            try:
-                real_lock(held, shown)
-                real_lock(fd, shown)
-            finally:
-                os.close(held)
+            return
+        held = os.open(folder / met[0], os.O_RDONLY)  # another is about to remove it
+        try:
+            real_lock(held, shown)
+            real_lock(fd, shown)
+        finally:
+            os.close(held)
 
     if moment == "before it is opened":
         monkeypatch.setattr(outputs, "_hold_new", hold)
     else:
         monkeypatch.setattr(outputs, "_lock", lock)
-    with one.new(FIRED_NS) as out:
-        out.replace("manifest.json", b"{}")
-        assert (out.path / "manifest.json").read_bytes() == b"{}"
-        later = removed(other.tidy())
-        assert out.path.name not in later and (out.path / "manifest.json").exists()
-    # Where another has only looked at it, an empty directory was given up, and goes like any.
-    assert later == (["spike-20261121-113205"] if moment == "locked" else [])
-    assert taken == ([] if moment == "locked" else ["spike-20261121-113205"])
+    with one.new(FIRED_NS, {}) as out:
+        assert out.path.name == "spike-20261121-113205"
+        (given_up,) = met
+        assert given_up.startswith(".latrace.")
+        assert (given_up in names(folder)) == (moment == "locked")
+        assert removed(other.tidy()) == [old]
+        assert names(folder) == [out.path.name]
+        assert names(out.path) == ["manifest.json"]
+
+
+def test_a_directory_that_others_always_remove(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, other = (Bundles(folder, keep=1, disk_bytes=0) for _ in range(2))
+    real = outputs._hold_new
+
+    def hold(parent: int, name: str, shown: Path) -> int:
+        other.tidy()
+        return real(parent, name, shown)
+
+    monkeypatch.setattr(outputs, "_hold_new", hold)
+    with pytest.raises(LatraceError, match="removed each time"):
+        one.new(FIRED_NS, {})
+    assert names(folder) == []
 
 
 # --- what is not ours ----------------------------------------------------------------------------
@@ -439,7 +571,7 @@ def test_a_directory_that_the_caller_may_not_write_to(as_nobody: Path) -> None:
         Bundles(Path("/etc/latrace-test-spikes"), keep=1, disk_bytes=0)
     assert "calling user's rights" in caught.value.hint
     with pytest.raises(LatraceError, match="permission denied"):
-        Bundles(Path("/var"), keep=1, disk_bytes=0).new(FIRED_NS)
+        Bundles(Path("/var"), keep=1, disk_bytes=0).new(FIRED_NS, {})
     folder = as_nobody / "spikes"
     bundles = Bundles(folder, keep=1, disk_bytes=0)
     old = make(bundles)
@@ -460,7 +592,7 @@ def test_a_full_disk_is_told_and_the_oldest_can_still_go(tmp_path: Path) -> None
     try:
         bundles = Bundles(small / "spikes", keep=1, disk_bytes=PLENTY)
         old = make(bundles, size=100_000)
-        with bundles.new(FIRED_NS + 10**9) as out, out.open_new("waits.arrows") as file:
+        with bundles.new(FIRED_NS + 10**9, {}) as out, out.open_new("waits.arrows") as file:
             with pytest.raises(OSError, match="No space left"):
                 while file.write(b"x" * 4096) == 4096:
                     pass

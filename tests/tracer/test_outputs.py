@@ -494,10 +494,10 @@ def test_the_groups_of_the_caller_count_and_roots_do_not(as_nobody: Path) -> Non
 def test_a_folder_of_captures_touches_only_what_it_is_told_is_ours(here: Path) -> None:
     folder = open_output_folder(Path("many"), files=re.compile(r"extra\.json"))
     own = re.compile(r"mine-\d")
-    made = folder.make("mine-1")
+    made = folder.make("mine-1", {"manifest.json": b"{}"})
     assert made is not None and made.path == here / "many" / "mine-1"
-    assert folder.make("mine-1") is None
-    made.replace("manifest.json", b"{}")
+    assert folder.make("mine-1", {}) is None
+    assert tree(here / "many") == {"mine-1": None, "mine-1/manifest.json": b"{}"}
     made.replace("extra.json", b"{}" * 5000)
     (here / "many" / "theirs").mkdir()
     assert folder.names(own) == ["mine-1"]
@@ -517,5 +517,5 @@ def test_a_folder_of_captures_touches_only_what_it_is_told_is_ours(here: Path) -
     shutil.rmtree(here / "many")
     assert folder.is_removed()
     with pytest.raises(LatraceError, match="no such directory"):
-        folder.make("mine-1")
+        folder.make("mine-1", {})
     folder.close()

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from latrace.tracer.errors import LatraceError
-from latrace.tracer.outputs import OutputDir, OutputFolder, open_output_folder
+from latrace.tracer.outputs import MANIFEST, OutputDir, OutputFolder, open_output_folder
 
 DEFAULT_NAME = "latrace.spikes"
 SPIKE = "spike.json"
@@ -69,17 +69,22 @@ class Bundles:
         """The directory, absolute."""
         return self._folder.path
 
-    def new(self, fired_realtime_ns: int) -> OutputDir:
+    def new(self, fired_realtime_ns: int, manifest: Mapping[str, Any]) -> OutputDir:
         """Make the directory of a new bundle, locked as long as it is open.
 
-        Should somebody have removed the directory of bundles, it is made again. Raises
-        LatraceError when there is no room, no right, or no free name.
+        `manifest`: its first words. It is there with them, marked as not complete, or not at all,
+        whatever kills us. Should somebody have removed the directory of bundles, it is made again.
+        Raises LatraceError when there is no room, no right, or no free name.
         """
+        # It brings numpy and pyarrow.
+        from latrace.tracer.writer import encode_manifest, first_manifest  # noqa: PLC0415
+
+        first = {MANIFEST: encode_manifest(first_manifest(manifest))}
         if self._folder.is_removed():
             self._open_again()
         name = time.strftime("spike-%Y%m%d-%H%M%S", time.gmtime(fired_realtime_ns // 10**9))
         for number in range(1, _MOST_OF_A_SECOND + 1):
-            out = self._folder.make(name if number == 1 else f"{name}-{number}")
+            out = self._folder.make(name if number == 1 else f"{name}-{number}", first)
             if out is not None:
                 self._newest = out.path.name
                 return out
@@ -112,7 +117,7 @@ class Bundles:
         except LatraceError as error:
             names, trouble[""] = [], error.cause
         for name in names:
-            if NAME.fullmatch(name) is None:  # half removed: a kill came in between
+            if NAME.fullmatch(name) is None:  # half made or removed: a kill came in between
                 self._remove(name, trouble)
         excess: list[Removed] = []
         count = size_bytes = 0

@@ -359,13 +359,14 @@ class Watch(Tracer):
         start = self._marks[0]
         self._short = self._dropped_ns > now_ns - int(self._settings.before_s * 1e9)
         self._connections.begin_at(self._backdrops[0].connections)
+        head = self._head(start)
         try:
-            out = self._bundles.new(time.time_ns())
+            out = self._bundles.new(time.time_ns(), head)
         except LatraceError as error:
             self._give_up(error)
             return
         try:
-            self._bundle = Bundle(out, self._flight, start=start, head=self._head(start))
+            self._bundle = Bundle(out, self._flight, start=start, head=head)
             self.state = State.OPEN
         except LatraceError as error:
             self._bundles.discard(out)
