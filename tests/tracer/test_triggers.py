@@ -126,6 +126,21 @@ def test_a_ratio_has_a_floor() -> None:
     assert firing.threshold == 10 * MS
 
 
+@pytest.mark.parametrize("per_s", [30, 100, 1000])
+def test_an_hour_of_what_is_usual_and_then_a_spike(per_s: int) -> None:
+    """However wide the distribution: of few values one in a hundred is high by chance."""
+    clock = Clock(p99(above_ns=None, ratio=3.0), tick_ns=S // 2)
+    random = np.random.default_rng(1)
+    for _ in range(2 * 3600):
+        waits = random.lognormal(np.log(50_000), 2.0, random.poisson(per_s / 2))
+        clock.add(*waits.astype(np.int64))
+        assert clock.tick() == []
+    clock.add(*[100 * MS] * max(10, per_s // 8))
+    (firing,) = clock.tick()
+    assert firing.baseline is not None and firing.value is not None
+    assert firing.value > 3 * firing.baseline
+
+
 def test_what_a_bundle_is_made_of_is_not_learnt_and_what_stays_is() -> None:
     rule = p99(rule="--p99-ratio 3", above_ns=None, ratio=3.0, floor_ns=MS)
     clock = Clock(rule)

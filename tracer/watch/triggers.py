@@ -7,6 +7,7 @@ of a window, a few dozen looks are kept.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -27,6 +28,8 @@ _USUAL_AFTER: Final = 10
 """A baseline is one when it has seen so many times the least number of values."""
 _LEARN_EVERY_NS: Final = 1_000_000_000
 _NO_MAXIMUM: Final = 2**64 - 1
+_CHANCE: Final = 1e-8
+"""Looks at which chance alone may make a ratio fire: one in many weeks."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,6 +104,11 @@ class Window:
         """When the growth is counted from."""
         return self._looks[0][0]
 
+    @property
+    def before(self) -> Counts:
+        """The histogram as it was then."""
+        return self._looks[0][1]
+
     def growth(self) -> Counts:
         """The values of the window, shape (SLOTS,)."""
         return self._looks[-1][1] - self._looks[0][1] if self._looks else empty()
@@ -139,6 +147,19 @@ class Baseline:
         # Of values that have faded, fractions remain.
         return quantile((self._counts * 1024).astype(np.uint64), fraction, max_ns=_NO_MAXIMUM)
 
+    def explains(self, seen: Counts, limit_ns: int) -> bool:
+        """Whether chance may well have put so many of the values `seen` above `limit_ns`.
+
+        Few values of a wide distribution have a high percentile now and then. By Chernoff's bound
+        for the tail of a Poisson distribution, taken as its logarithm.
+        """
+        number, above = int(seen.sum()), count_over(seen, limit_ns)
+        # One more than were seen: what has never been may still be usual.
+        expected = number * (count_over(self._counts, limit_ns) + 1) / (self._counts.sum() + 1)
+        if above <= expected:
+            return True
+        return bool(above - expected - above * math.log(above / expected) > math.log(_CHANCE))
+
 
 @dataclass(slots=True, kw_only=True)
 class Percentile:
@@ -170,7 +191,7 @@ class Percentile:
         """Tell whether it fires."""
         counts = histograms[self.kind]
         self._window.add(now_ns, counts)
-        usual = self._usual(now_ns, counts)
+        usual = self._usual(now_ns)
         self._limit = self.above_ns if self.ratio is None else None
         if self.ratio is not None and usual is not None:
             self._limit = max(self.floor_ns, int(self.ratio * usual))
@@ -184,6 +205,8 @@ class Percentile:
             return None
         if count_over(seen, self._limit) < LEAST_SLOW:
             return None
+        if self.ratio is not None and self._baseline.explains(seen, self._limit):
+            return None
         return Firing(
             rule=self.rule,
             kind=self.kind,
@@ -196,11 +219,12 @@ class Percentile:
             until_ns=now_ns,
         )
 
-    def _usual(self, now_ns: int, counts: Counts) -> int | None:
+    def _usual(self, now_ns: int) -> int | None:
         if self.ratio is None:
             return None
+        # What is in the window is judged by what was before it.
         if now_ns - self._learnt_ns >= _LEARN_EVERY_NS:
-            self._baseline.add(now_ns, counts)
+            self._baseline.add(self._window.since_ns, self._window.before)
             self._learnt_ns = now_ns
         return self._baseline.quantile(self.fraction, _USUAL_AFTER * self.least)
 
