@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 
 from latrace.tracer.errors import LatraceError
 
@@ -13,8 +14,13 @@ _TYPERS_INTERRUPTED = 130  # what it makes of a KeyboardInterrupt
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run the command line `args` (default: the process's) and return the exit code."""
+    """Run the command line `args` and return the exit code.
+
+    Without `args` it is the process's own, and the process is called `latrace` from then on.
+    """
     _open_closed_streams()
+    if args is None:
+        _take_our_name()
     try:
         code = _run(args)
         sys.stdout.flush()
@@ -60,6 +66,16 @@ def _fail(cause: str, hint: str, code: int = _EXIT_FAILED) -> int:
     except (OSError, ValueError):  # nobody listens; the exit code tells
         pass
     return code
+
+
+def _take_our_name() -> None:
+    """Be `latrace` in `ps` and in lists of culprits, not the interpreter."""
+    with suppress(OSError):
+        comm = os.open("/proc/self/comm", os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            os.write(comm, b"latrace")
+        finally:
+            os.close(comm)
 
 
 def _open_closed_streams() -> None:

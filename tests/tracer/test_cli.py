@@ -88,6 +88,32 @@ def test_version(capsys: Captured) -> None:
     assert capsys.readouterr().out == f"latrace {latrace.__version__}\n"
 
 
+@pytest.mark.parametrize(
+    "entry",
+    [
+        "import runpy; runpy.run_module('latrace', run_name='__main__')",
+        "from latrace.tracer.cli import main; sys.exit(main())",
+    ],
+)
+def test_the_program_has_our_name(entry: str) -> None:
+    """In `ps` it is latrace, not the interpreter or a script of any name."""
+    told = "print(open('/proc/self/comm').read(), end='')"
+    code = f"import atexit, sys; {told}; atexit.register(lambda: {told}); {entry}"
+    result = subprocess.run(
+        [sys.executable, "-c", code, "--version"], capture_output=True, text=True, check=True
+    )
+    before, version, after = result.stdout.splitlines()
+    assert before != "latrace"
+    assert (version, after) == (f"latrace {latrace.__version__}", "latrace")
+
+
+def test_who_only_calls_main_keeps_the_name() -> None:
+    comm = Path("/proc/self/comm")
+    before = comm.read_bytes()
+    assert main(["--version"]) == 0
+    assert comm.read_bytes() == before
+
+
 def test_the_choices_of_flame_are_those_that_exist() -> None:
     assert {kind.value for kind in Kind} == set(flamegraphs.KINDS)
     assert {f".{fmt.value}".removesuffix(".json") for fmt in Format} == {
