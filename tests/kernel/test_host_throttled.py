@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,14 +19,24 @@ from latrace.tracer.watch.host import HostUsage, _Counter, _unified_group
 pytestmark = pytest.mark.kernel
 
 
+@contextlib.contextmanager
+def spinning() -> Iterator[int]:
+    """A process that computes without end, by its number; gone afterwards, whatever happened."""
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as process:
+        try:
+            yield process.pid
+        finally:
+            process.kill()
+
+
 def test_a_group_that_is_throttled_is_told_with_its_deltas() -> None:
     usage = HostUsage(before_s=10)
     with cpu_groups() as groups:
         tight, roomy = groups.make("tight"), groups.make("roomy")
         tight.limit(20_000)
         roomy.limit(50_000)
-        with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as spinner:
-            tight.add(spinner.pid)
+        with spinning() as spinner:
+            tight.add(spinner)
             before = tight.throttling()
             start = usage.snapshot(now=True).at_ns
             inner_before = tight.throttling()
@@ -32,7 +44,6 @@ def test_a_group_that_is_throttled_is_told_with_its_deltas() -> None:
             inner_after = tight.throttling()
             end = usage.snapshot(now=True).at_ns
             after = tight.throttling()
-            spinner.kill()
         told = usage.between(start, end)
     (found,) = (one for one in told["throttled"] if one["cgroup"] == tight.name)
     least, most = inner_after - inner_before, after - before
@@ -52,11 +63,10 @@ def test_a_group_that_is_removed_has_the_last_that_was_known() -> None:
         tight = groups.make("tight")
         tight.limit(20_000)
         start = usage.snapshot(now=True).at_ns
-        with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as spinner:
-            tight.add(spinner.pid)
+        with spinning() as spinner:
+            tight.add(spinner)
             time.sleep(0.5)
             usage.snapshot(now=True)
-            spinner.kill()
     end = usage.snapshot(now=True).at_ns
     told = usage.between(start, end)
     (found,) = (one for one in told["throttled"] if one["cgroup"] == tight.name)
@@ -71,16 +81,15 @@ def test_pressure_of_the_target_s_group_and_its_end() -> None:
     group = unified.point / f"latrace-test-\u20ac {os.getpid()}"
     group.mkdir()
     try:
-        with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as spinner:
-            (group / "cgroup.procs").write_text(str(spinner.pid))
-            assert _unified_group(spinner.pid) == group
-            usage = HostUsage(before_s=10, target_pid=spinner.pid)
+        with spinning() as spinner:
+            (group / "cgroup.procs").write_text(str(spinner))
+            assert _unified_group(spinner) == group
+            usage = HostUsage(before_s=10, target_pid=spinner)
             start = usage.snapshot(now=True).at_ns
             end = usage.snapshot(now=True).at_ns
             told = usage.between(start, end)
             assert told["start"]["cgroup_cpu_pressure"] is not None
             assert told["pressure"]["cgroup_some_percent"] is not None
-            spinner.kill()
     finally:
         deadline = time.monotonic() + 5
         while group.exists():
