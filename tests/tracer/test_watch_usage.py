@@ -163,3 +163,44 @@ def test_a_directory_that_is_none(target: str, capsys: Captured, tmp_path: Path)
         (tmp_path / "none" / "s", "no such directory"),
     ):
         assert refused((*it, "-o", str(path)), capsys) == (1, f"cannot write {path}: {cause}")
+
+
+TOLD = """
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from latrace.tracer.commands.console import Status
+from latrace.tracer.watch.explain import Explained
+from latrace.tracer.watch.service import _Service
+from latrace.tracer.watch.view import WatchView
+plan = SimpleNamespace(as_json=sys.argv[1] == "json", once=False)
+service = _Service(plan, None, WatchView(Status()), None)
+for line in sys.stdin:
+    service.tell(Explained(Path("/s", line.strip()), "The P99 rose.", ""))
+    print("told", file=sys.stderr, flush=True)
+"""
+
+
+@pytest.mark.parametrize("form", ["paths", "json"])
+def test_whose_output_nobody_reads_any_more(form: str) -> None:
+    """As with `| head -1`: that is said once, and no reason to end."""
+    with subprocess.Popen(
+        [sys.executable, "-c", TOLD, form],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdin and process.stdout and process.stderr
+        process.stdin.write("one\n")
+        process.stdin.flush()
+        first = process.stdout.readline()
+        assert first == ("/s/one\n" if form == "paths" else '{"path": "/s/one"}\n')
+        process.stdout.close()
+        process.stdin.write("two\nthree\n")
+        process.stdin.close()
+        lines = [line.rstrip("\n").partition("  ")[2] or line for line in process.stderr]
+    assert process.returncode == 0, lines
+    assert lines.count("The P99 rose.") == lines.count("told\n") == 3
+    (trouble,) = (line for line in lines if line.startswith("!!!"))
+    assert trouble == "!!! nobody reads the standard output any more; the watch goes on"

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from latrace.analysis.errors import CaptureError
-from latrace.tracer.commands.console import Status, from_here, write_out
+from latrace.tracer.commands.console import Status, from_here, silence_stdout, write_out
 from latrace.tracer.commands.signals import StopOnSignals
 from latrace.tracer.doctor import explained, require_tracing
 from latrace.tracer.errors import LatraceError
@@ -169,6 +169,9 @@ class _Service:
                 write_out(json.dumps(_document(explained_one.path)) + "\n")
             else:
                 write_out(f"{from_here(explained_one.path)}\n")
+        except BrokenPipeError:  # the reader had enough; the spikes go on
+            silence_stdout()
+            self.view.say("!!! nobody reads the standard output any more; the watch goes on")
         except (LatraceError, CaptureError) as error:  # the disk is full, the bundle is gone
             self.view.say(f"!!! {error.cause}")
 
