@@ -27,6 +27,7 @@ _HEADER_BYTES = 8
 _STRIDE = _HEADER_BYTES + CELL_BYTES
 _BUSY = 1 << 31
 _CELL = np.dtype([("len", "<u4"), ("page", "<u4"), ("cell", f"V{CELL_BYTES}")])
+_NOTHING = np.empty(0, _CELL["cell"])
 
 _LOADS_STAY_ORDERED = platform.machine() in {"x86_64", "s390x"}
 _NR_MEMBARRIER = {"aarch64": 283, "riscv64": 283, "ppc64le": 365}
@@ -79,6 +80,8 @@ class Ring:
         written ends the batch.
         """
         consumer, producer = int(self._consumer[0]), int(self._producer[0])
+        if consumer == producer:
+            return _NOTHING
         waiting = min(producer - consumer, max_bytes // _STRIDE * _STRIDE)
         start = consumer & (self.size - 1)
         _fence()

@@ -261,9 +261,13 @@ class Longest:
     kind: str
     """max (of waits) or sleep."""
     above_ns: int
+    _slot: int = field(init=False)
     _before: Counts | None = None
     _before_ns: int = 0
     _noted_ns: int = 0
+
+    def __post_init__(self) -> None:
+        (self._slot,) = slot_of([self.above_ns])
 
     def note(self, longest_ns: int) -> None:
         """Take the longest of some rows."""
@@ -274,11 +278,11 @@ class Longest:
         counts = self._counts(histograms)
         value = self._noted_ns if self._noted_ns > self.above_ns else 0
         since_ns, self._noted_ns = self._before_ns or now_ns, 0
-        if self._before is not None:
-            (slot,) = slot_of([self.above_ns])
-            above = np.flatnonzero(counts[slot + 1 :] > self._before[slot + 1 :])
+        if self._before is not None and counts is not self._before:
+            higher = slice(self._slot + 1, None)
+            above = np.flatnonzero(counts[higher] > self._before[higher])
             if len(above):
-                low, _ = bounds([slot + 1 + above[-1]])
+                low, _ = bounds([self._slot + 1 + above[-1]])
                 value = max(value, int(low[0]))
         self._before, self._before_ns = counts, now_ns
         if not value:
