@@ -1,6 +1,7 @@
 """A server that lies: `liar.py` prints the port it listens on, at 127.0.0.1, and serves for ever.
 
-The path's first part chooses how an answer goes wrong; what is asked for is printed, one a line.
+The path's first part chooses how an answer goes wrong, `each` does so by the profile that is asked
+for; what is asked for is printed, one a line.
 """
 
 import gzip
@@ -62,13 +63,18 @@ STREAMS = {
     "/endless-waits": (b"", b"HTTP/1.1 100 Continue\r\n\r\n" * 512, 0),
 }
 
+EACH = {"profile": "/silent", "trace": "/huge", "goroutine": "/failing", "heap": "/junk"}
+
 CHANGED: list[str] = []
 
 
 def serve(connection: socket.socket) -> None:
     with connection:
         try:
-            asked = "/" + connection.recv(65536).split(b" ")[1].decode().split("/")[1]
+            path = connection.recv(65536).split(b" ")[1].decode().partition("?")[0]
+            asked = "/" + path.split("/")[1]
+            if asked == "/each":
+                asked = EACH[path.rpartition("/")[2]]
             print(asked, flush=True)
             if asked in STREAMS:
                 first, then, pause_s = STREAMS[asked]
