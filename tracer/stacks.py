@@ -185,7 +185,10 @@ class Naming:
         self._todo.put(tgid)
 
     def begin_epoch(self) -> None:
-        """Let the rows of stacks added from now on refer to none of the rows before."""
+        """Let the rows of stacks added from now on refer to none of the rows before.
+
+        Programs that have not been seen since the last time are forgotten.
+        """
         self._todo.put(_Epoch())
 
     @property
@@ -230,6 +233,7 @@ class Naming:
                 if isinstance(item, _Epoch):
                     self._frame_ids.clear()
                     known.clear()
+                    self._symbolizer.let_go()
                     continue
                 if isinstance(item, int):
                     if item in known:

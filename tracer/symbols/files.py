@@ -44,6 +44,7 @@ class MappedFile:
     """One file, or one that could not be opened or is none (`[vdso]`, `[heap]`): no `key`.
 
     `pending` is open until the file is `tried`, with the `root` its debug file is sought beneath.
+    `used`: since the last `FileTable.let_go`.
     """
 
     module: str
@@ -52,6 +53,7 @@ class MappedFile:
     image: Image | None = None
     anonymous: bool = False
     tried: bool = False
+    used: bool = False
     pending: Fd | None = None
     root: Fd | None = None
     names: dict[int, str] = field(default_factory=dict)
@@ -179,6 +181,15 @@ class FileTable:
         if missing:
             for (file, index), name in zip(missing, self._worker.demangle(raw), strict=True):
                 file.names[index] = clean(name)
+
+    def let_go(self) -> None:
+        """Close every file, and forget those that were not used since the last time."""
+        self.close()
+        for key, file in list(self._files.items()):
+            if not file.used:
+                del self._files[key]
+                self._bytes -= 0 if file.image is None else file.image.symbols.nbytes
+            file.used = False
 
     def close(self) -> None:
         """Close every file."""

@@ -177,6 +177,15 @@ class Symbolizer:
         if process is not None and process.perf_map is not None:
             self._close_perf_map(process)
 
+    def let_go(self) -> None:
+        """Forget all processes, and the files that were not used since the last time.
+
+        Processes are looked at again when they are asked about; those that have ended can't be.
+        """
+        for tgid in list(self._processes):
+            self.forget(tgid)
+        self._files.let_go()
+
     def _take_root(self, process: _Process, folder: ProcessDir) -> None:
         key, root = folder.root()
         process.root = self._roots.setdefault(key, root)
@@ -394,6 +403,7 @@ class Symbolizer:
         return frames
 
     def _parse(self, process: _Process, file: MappedFile) -> None:
+        file.used = True
         if file.tried or file.key is None:
             return
         if process.deaths >= DEATHS_LIMIT:

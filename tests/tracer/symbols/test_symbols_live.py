@@ -99,6 +99,24 @@ def test_libraries_loaded_later_are_seen(symbolizer, tmp_path):
         assert found == Frame("in_library", "libsample.so", 0, "user")
 
 
+def test_letting_go_keeps_what_was_used_since(symbolizer, tmp_path):
+    """So does one who watches for weeks: whoever was on the host once must not stay for ever."""
+    program = build(SAMPLE, tmp_path / "sample")
+    with running(program) as (pid, printed):
+        before = open_descriptors()
+        for _ in range(3):
+            symbolizer.remember(pid)
+            assert open_descriptors() > before  # libraries that nobody has asked about
+            assert_all_named(symbolizer, pid, printed, "sample")
+            symbolizer.let_go()
+            assert len(open_descriptors()) <= len(before) + 1  # the worker
+            assert symbolizer.stats["files"]["known"] == 1
+            assert symbolizer.stats["files"]["parsed"] == 1
+    symbolizer.let_go()
+    files = symbolizer.stats["files"]
+    assert (files["known"], files["table_bytes"]) == (0, 0)
+
+
 def test_symbols_of_a_process_that_has_ended(symbolizer, tmp_path):
     program = build(SAMPLE, tmp_path / "sample")
     with running(program) as (pid, printed):
