@@ -44,7 +44,7 @@ _PF_X = 1
 _SHT_SYMTAB, _SHT_RELA, _SHT_NOTE, _SHT_NOBITS, _SHT_DYNSYM = 2, 4, 7, 8, 11
 _SHN_UNDEF, _SHN_LORESERVE = 0, 0xFF00
 _STT_FUNC, _STT_GNU_IFUNC = 2, 10
-_EM_X86_64 = 62
+EM_X86_64 = 62
 _R_X86_64_GLOB_DAT, _R_X86_64_JUMP_SLOT = 6, 7
 _NT_GNU_BUILD_ID = 3
 _U64_MAX: Final = np.uint64(0xFFFF_FFFF_FFFF_FFFF)
@@ -113,7 +113,9 @@ class _Layout:
 
 
 @dataclass(frozen=True, slots=True)
-class _Headers:
+class Headers:
+    """What a file says of itself: record layouts, segments, sections and the sections' names."""
+
     layout: _Layout
     segments: Records
     sections: Records
@@ -159,7 +161,8 @@ def _records(source: Source, dtype: np.dtype[Any], offset: int, count: int) -> R
     return np.frombuffer(source.read(offset, count * dtype.itemsize), dtype=dtype)
 
 
-def _read_headers(source: Source) -> _Headers:
+def read_headers(source: Source) -> Headers:
+    """The headers of an ELF file, each count bounded. Raises ElfError."""
     ident = source.read(0, 16)
     if ident[:4] != b"\x7fELF" or ident[4] not in (1, 2) or ident[5] not in (1, 2):
         raise ElfError("not an ELF file")
@@ -185,7 +188,7 @@ def _read_headers(source: Source) -> _Headers:
     segments = np.zeros(0, dtype=layout.segment)
     if phnum and phentsize == layout.segment.itemsize:
         segments = _records(source, layout.segment, phoff, phnum)
-    return _Headers(layout, segments, sections, _section_names(source, sections, shstrndx))
+    return Headers(layout, segments, sections, _section_names(source, sections, shstrndx))
 
 
 def _section_names(source: Source, sections: Records, shstrndx: int) -> tuple[bytes, ...]:
@@ -207,7 +210,7 @@ def _section_bytes(source: Source, section: Records, limit: int) -> bytes:
     return source.read(int(section["offset"]), size)
 
 
-def _build_id(source: Source, headers: _Headers) -> bytes:
+def _build_id(source: Source, headers: Headers) -> bytes:
     order = headers.layout.order
     spans = [
         (int(entry["offset"]), int(entry["filesz"]))
@@ -232,7 +235,7 @@ def _build_id(source: Source, headers: _Headers) -> bytes:
     return b""
 
 
-def _debuglink(source: Source, headers: _Headers) -> tuple[bytes, int]:
+def _debuglink(source: Source, headers: Headers) -> tuple[bytes, int]:
     section = headers.named(b".gnu_debuglink")
     if section is None:
         return b"", 0
@@ -256,7 +259,7 @@ class _Strings:
         return np.asarray(np.minimum(stops, starts + NAME_LIMIT), dtype=np.int64)
 
 
-def _read_symbols(source: Source, headers: _Headers, kind: int) -> tuple[Records, _Strings] | None:
+def _read_symbols(source: Source, headers: Headers, kind: int) -> tuple[Records, _Strings] | None:
     which = np.flatnonzero(headers.sections["type"] == kind)
     if not which.size:
         return None
@@ -347,7 +350,7 @@ def _table(sections: Records, parts: list[tuple[Records, _Strings]]) -> SymbolTa
     return build_table(starts, ends, names)
 
 
-def _plt(source: Source, headers: _Headers, dynamic: tuple[Records, _Strings]) -> SymbolTable:
+def _plt(source: Source, headers: Headers, dynamic: tuple[Records, _Strings]) -> SymbolTable:
     """Procedure linkage stubs of x86-64, named after the slot their `jmp *slot(%rip)` reads."""
     symbols, strings = dynamic
     slots: list[U64] = []
@@ -395,7 +398,7 @@ def _plt(source: Source, headers: _Headers, dynamic: tuple[Records, _Strings]) -
     return build_table(starts, starts + widths, [found[int(start)][1] for start in starts])
 
 
-def _minidebug(source: Source, headers: _Headers) -> SymbolTable:
+def _minidebug(source: Source, headers: Headers) -> SymbolTable:
     """Functions of the xz-compressed symbol table that Fedora's stripped files carry."""
     section = headers.named(b".gnu_debugdata")
     if section is None:
@@ -406,14 +409,14 @@ def _minidebug(source: Source, headers: _Headers) -> SymbolTable:
     except lzma.LZMAError as error:
         raise ElfError("damaged .gnu_debugdata") from error
     inner = BytesSource(data)
-    nested = _read_headers(inner)
+    nested = read_headers(inner)
     symtab = _read_symbols(inner, nested, _SHT_SYMTAB)
     if symtab is None:
         return empty_table()
     return _table(nested.sections, [(_functions(*symtab), symtab[1])])
 
 
-def _segments(headers: _Headers) -> U64:
+def _segments(headers: Headers) -> U64:
     loads = headers.segments[headers.segments["type"] == _PT_LOAD]
     columns = [loads[name].astype(np.uint64) for name in ("offset", "filesz", "vaddr", "flags")]
     rows = np.stack(columns, axis=1) if len(loads) else np.zeros((0, SEGMENT_COLUMNS), np.uint64)
@@ -427,7 +430,7 @@ def read_image(source: Source) -> Image:
 
     Raises ElfError. A file whose optional parts (stubs, notes, links) are damaged keeps its rest.
     """
-    headers = _read_headers(source)
+    headers = read_headers(source)
     symtab = _read_symbols(source, headers, _SHT_SYMTAB)
     dynsym = _read_symbols(source, headers, _SHT_DYNSYM)
     parts = [(_functions(*table), table[1]) for table in (symtab, dynsym) if table is not None]
@@ -439,7 +442,7 @@ def read_image(source: Source) -> Image:
         link = _debuglink(source, headers)
         if symtab is None:
             symbols = merge(symbols, _minidebug(source, headers))
-        if dynsym is not None and headers.layout.machine == _EM_X86_64:
+        if dynsym is not None and headers.layout.machine == EM_X86_64:
             symbols = merge(symbols, _plt(source, headers, dynsym))
     except ElfError:
         pass
