@@ -18,6 +18,7 @@ from .rules import (
     CFA_NONE,
     CFA_OFFSET,
     CFA_UNSUPPORTED,
+    COLUMNS,
     MEMORY,
     NO_RULE,
     RBP,
@@ -86,7 +87,7 @@ _INSTEAD: Final = {
 
 _MEMO_BITS: Final = 16
 _MEMO_SHIFT: Final = np.uint64(64 - _MEMO_BITS)
-_GOLDEN: Final = np.uint64(0x9E37_79B9_7F4A_7C15)
+_HASHES: Final = (np.uint64(0x9E37_79B9_7F4A_7C15), np.uint64(0xC2B2_AE3D_27D4_EB4F))
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,10 +125,20 @@ def _ends(rules: Rules) -> U8:
     return end
 
 
+def _asked_for(rules: Rules, set_here: Bool) -> Bool:
+    """Which registers some rule looks at; the others need not be followed. (COLUMNS,)."""
+    asked = np.zeros(COLUMNS, dtype=np.bool_)
+    asked[[RSP, RETURN, *np.unique(rules["cfa_base"])]] = True
+    for _ in range(COLUMNS):
+        asked[np.unique(rules["base"][set_here & asked])] = True
+    return asked
+
+
 def _steps(rules: Rules) -> Steps:
     end = _ends(rules)
     end[[_UNMAPPED, _NO_TABLE, _NO_RULE]] = End.UNMAPPED, End.NO_TABLE, End.NO_RULE
     set_here = (rules["kind"] != SAME) & (end == End.GOES_ON)[:, None]
+    set_here &= _asked_for(rules, set_here)
     row, column = np.nonzero(set_here)
     counts = set_here.sum(axis=1)
     kind = rules["cfa_kind"].copy()
@@ -146,6 +157,10 @@ def _steps(rules: Rules) -> Steps:
         rules["offset"][row, column].astype(np.int64).view(np.uint64),
         rules["kind"][row, column],
     )
+
+
+def _slots(keys: U64, half: int) -> I64:
+    return (keys * _HASHES[half] >> _MEMO_SHIFT).view(np.int64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,9 +193,10 @@ class Places:
         self._forget()
 
     def _forget(self) -> None:
+        # Each key has a place in the first half and, when another one comes, one in the second.
         # Key 0 is the address 0 of the first space, where indeed nothing is mapped.
-        self._keys = np.zeros(1 << _MEMO_BITS, dtype=np.uint64)
-        self._found = np.full(1 << _MEMO_BITS, _UNMAPPED, dtype=np.uint32)
+        self._keys = np.zeros((2, 1 << _MEMO_BITS), dtype=np.uint64)
+        self._found = np.full((2, 1 << _MEMO_BITS), _UNMAPPED, dtype=np.uint32)
 
     @property
     def steps(self) -> Steps:
@@ -260,27 +276,40 @@ class Places:
     def find(self, addresses: U64, keys: U64) -> U32:
         """The number of the rule that holds at each address. (m,), (m,) to (m,)."""
         wanted = np.minimum(addresses, _ADDRESSES) | keys
-        slots = (wanted * _GOLDEN >> _MEMO_SHIFT).view(np.int64)
-        found: U32 = self._found[slots]
-        missing = np.flatnonzero(self._keys[slots] != wanted)
+        slots = _slots(wanted, 0)
+        found: U32 = self._found[0][slots]
+        missing = np.flatnonzero(self._keys[0][slots] != wanted)
         if missing.size:
-            searched = self._search(wanted[missing])
-            found[missing] = searched
-            self._keys[slots[missing]] = wanted[missing]
-            self._found[slots[missing]] = searched
+            rest = wanted[missing]
+            slots = _slots(rest, 1)
+            found[missing] = self._found[1][slots]
+            missing = missing[self._keys[1][slots] != rest]
+        if missing.size:
+            unique, which = np.unique(wanted[missing], return_inverse=True)
+            searched = self._search(unique)
+            found[missing] = searched[which]
+            self._remember(unique, searched)
         return found
 
+    def _remember(self, keys: U64, found: U32) -> None:
+        slots = _slots(keys, 0)
+        (first_keys, second_keys), (first_found, second_found) = self._keys, self._found
+        displaced = first_keys[slots]
+        aside = _slots(displaced, 1)
+        second_keys[aside], second_found[aside] = displaced, first_found[slots]
+        first_keys[slots], first_found[slots] = keys, found
+
     def _search(self, wanted: U64) -> U32:
-        unique, which = np.unique(wanted, return_inverse=True)
-        result = np.full(unique.shape, _UNMAPPED, dtype=np.uint32)
-        numbers = (unique >> _SPACE_SHIFT).view(np.int64)
-        # Sorted, so that each space is one run.
+        """As `find`, for keys that are sorted."""
+        result = np.full(wanted.shape, _UNMAPPED, dtype=np.uint32)
+        numbers = (wanted >> _SPACE_SHIFT).view(np.int64)
+        # Each space is one run.
         bounds = np.flatnonzero(np.diff(numbers, prepend=-1, append=-1))
         for first, after in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
             space = self._spaces[int(numbers[first])]
             if space is not None:
-                result[first:after] = self._search_space(space, unique[first:after] & _ADDRESSES)
-        return result[which]
+                result[first:after] = self._search_space(space, wanted[first:after] & _ADDRESSES)
+        return result
 
     def _search_space(self, space: _Space, addresses: U64) -> U32:
         result = np.full(addresses.shape, _UNMAPPED, dtype=np.uint32)
