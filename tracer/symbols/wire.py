@@ -147,3 +147,22 @@ def read_names(read: Read, count: int) -> list[bytes]:
         raise WireError("a size past the limit")
     ends = _ends(read, count, total).tolist()
     return cut(read(total), ends)
+
+
+def blobs_reply(head: bytes, body: bytes) -> list[bytes]:
+    """The reply to a request about call frame information: what a section is, or its bytes."""
+    return [REPLY.pack(MAGIC, STATUS_OK, 0, len(head), len(body), 0, 0, 0, 0), head, body]
+
+
+def read_blobs(read: Read) -> tuple[bytes, bytes] | int:
+    """A reply of two pieces of bytes; an int is the status of a refusal. Raises WireError."""
+    status, segments, head, body, build_id, link, _symtab, _crc = _header(read)
+    if any((segments, build_id, link)):
+        raise WireError("not the bytes that were asked for")
+    if status != STATUS_OK:
+        if status not in STATUS_WORDS or head or body:
+            raise WireError("unknown status")
+        return status
+    if head > MAX_JSON or body > MAX_PAYLOAD:
+        raise WireError("a size past the limit")
+    return read(head), read(body)

@@ -21,6 +21,8 @@ from latrace.tracer.symbols.demangle import Demangler
 from latrace.tracer.symbols.elf import ElfError, FdSource, read_image
 from latrace.tracer.symbols.table import Image, merge
 from latrace.tracer.unprivileged import drop_rights, limit_request
+from latrace.tracer.unwinding.records import CfiError
+from latrace.tracer.unwinding.sections import Place, compile_place, locate
 
 MEMORY_LIMIT: Final = 2 << 30
 """Address space, in bytes: above what the largest accepted file needs."""
@@ -30,6 +32,9 @@ NICENESS: Final = 10
 """Names can wait, and the targets should not: what they wait for must not be this."""
 MAX_DEBUG_FILE: Final = 1 << 30
 """A debug file without a build id is read whole, for its checksum."""
+
+_REHEARSED: Final = 4096
+"""Bytes of a section."""
 
 LIMITS: Final = {
     resource.RLIMIT_AS: MEMORY_LIMIT,
@@ -52,8 +57,12 @@ def rehearse(demangler: Demangler) -> None:
         image = read_image(FdSource(fd))
         wire.image_reply(image)
         merge(image.symbols, image.symbols)
-    except ElfError:  # a wrapped interpreter; then only the first file is parsed more slowly
-        pass
+        place, section = _section(fd)
+        if place is not None:
+            # Its first functions do: what the end cuts is left out.
+            compile_place(place, section[:_REHEARSED]).to_bytes()
+    except (ElfError, CfiError):
+        pass  # a wrapped interpreter; then only the first file is parsed more slowly
     finally:
         os.close(fd)
     wire.names_reply([demangler(b"_Z1fv")])
@@ -75,17 +84,35 @@ def _belongs(fd: int, image: Image, request: dict[str, Any]) -> bool:
     return image.build_id == build_id if build_id else _crc(fd) == request["crc"]
 
 
-def _parse(fd: int, request: dict[str, Any]) -> list[bytes]:
+def _section(fd: int) -> tuple[Place | None, bytes]:
+    source = FdSource(fd)
+    place = locate(source)
+    return place, b"" if place is None else source.read(place.offset, place.size)
+
+
+def _about_file(op: str, fd: int, request: dict[str, Any]) -> list[bytes]:
+    if op == "section":
+        place, section = _section(fd)
+        fields = b"" if place is None else json.dumps(place.as_dict()).encode()
+        return wire.blobs_reply(fields, section)
+    image = read_image(FdSource(fd))
+    if op == "debug" and not _belongs(fd, image, request):
+        return [wire.failure(wire.STATUS_MISMATCH)]
+    return wire.image_reply(image)
+
+
+def _answer(request: dict[str, Any], payload: bytes, fds: list[int]) -> list[bytes]:
+    """The reply to a request about a file, or about a section of one."""
     try:
-        image = read_image(FdSource(fd))
-        if request["op"] == "debug" and not _belongs(fd, image, request):
-            return [wire.failure(wire.STATUS_MISMATCH)]
-        return wire.image_reply(image)
+        if request["op"] == "unwind":
+            place = Place.from_dict(request["place"])
+            return wire.blobs_reply(b"", compile_place(place, payload).to_bytes())
+        return _about_file(request["op"], fds[0], request)
     except MemoryError:
         return [wire.failure(wire.STATUS_LIMIT)]
     except OSError:
         return [wire.failure(wire.STATUS_IO)]
-    except (ElfError, ValueError, IndexError, OverflowError, ArithmeticError):
+    except (ElfError, CfiError, ValueError, IndexError, OverflowError, ArithmeticError):
         return [wire.failure(wire.STATUS_BAD_FILE)]
 
 
@@ -117,7 +144,7 @@ class _Server:
             names = wire.split_names(payload, request["count"])
             reply = wire.names_reply([self._demangler(name) for name in names])
         else:
-            reply = _parse(fds[0], request)
+            reply = _answer(request, payload, fds)
         for fd in fds:
             os.close(fd)
         self._connection.sendall(b"".join(reply))
