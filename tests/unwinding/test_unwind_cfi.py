@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
 import numpy as np
 import pytest
 from unwind_modules import (
@@ -13,9 +18,11 @@ from unwind_modules import (
     section_of,
 )
 
+from latrace.tracer.symbols.elf import BytesSource
 from latrace.tracer.unwinding.cfi import compile_section
 from latrace.tracer.unwinding.records import Section
 from latrace.tracer.unwinding.rules import BAD_RULE, CFA_UNSUPPORTED, COLUMNS, NO_RULE
+from latrace.tracer.unwinding.sections import table_of
 
 
 def compare(section: Section) -> int:
@@ -84,3 +91,30 @@ def compare(section: Section) -> int:
 )
 def test_table_says_what_pyelftools_decodes(name: str, most: int) -> None:
     assert compare(section_of(module(name), most=most)) > 500
+
+
+def test_the_vdso_says_what_pyelftools_decodes(tmp_path: Path) -> None:
+    maps = Path("/proc/self/maps").read_text().splitlines()
+    spans = [line.split()[0].split("-") for line in maps if line.endswith("[vdso]")]
+    if not spans:
+        pytest.skip("no vDSO in this process")
+    start, end = (int(part, 16) for part in spans[0])
+    with Path("/proc/self/mem").open("rb") as memory:
+        memory.seek(start)
+        image = memory.read(end - start)
+    (tmp_path / "vdso").write_bytes(image)
+    section = section_of(tmp_path / "vdso")
+    assert compare(section) > 5
+    here = table_of(BytesSource(image))
+    assert here is not None
+    assert here.to_bytes() == compile_section(section).to_bytes()
+
+
+def test_debug_frame_of_go_says_what_pyelftools_decodes(tmp_path: Path) -> None:
+    if shutil.which("go") is None:
+        pytest.skip("needs go")
+    (tmp_path / "main.go").write_text("package main\n\nfunc main() { println(1) }\n")
+    home = {**os.environ, "GOCACHE": str(tmp_path / "cache"), "CGO_ENABLED": "0"}
+    build = ["go", "build", "-o", "program", "main.go"]
+    subprocess.run(build, check=True, cwd=tmp_path, env=home)
+    assert compare(section_of(tmp_path / "program", ".debug_frame")) > 500

@@ -15,12 +15,11 @@ import numpy.typing as npt
 from . import rules
 from .expressions import NOT_UNDERSTOOD, Expression, understand
 from .leb import I64, LONGEST, PADDING, U64, Bytes, fixed, sleb, uleb
-from .records import CfiError, Programs, Section, pointers, width_of
+from .records import Programs, Section, pointers, width_of
 from .rules import CFA, CFA_OFFSET, CFA_UNSUPPORTED
 
 Mask = npt.NDArray[np.bool_]
 
-MAX_EXPRESSIONS: Final = 1 << 20
 _MAX_KNOWN: Final = 1 << 12
 """Different expressions that are remembered; a module has a handful."""
 _LONGEST_KNOWN: Final = 32
@@ -286,8 +285,6 @@ class Instructions:
         self.base[self._which(BAD)] = np.int64(CFA_UNSUPPORTED) << KIND
 
     def _expressions(self, which: I64, blocks: I64) -> None:
-        if which.size > MAX_EXPRESSIONS:
-            raise CfiError("more expressions than any real section has")
         lengths, begins = uleb(self.data, blocks[which])
         text = self.data.tobytes() if which.size else b""
         known: dict[bytes, Expression] = {}
