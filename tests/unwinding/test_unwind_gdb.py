@@ -64,9 +64,9 @@ def bias_of(path: Path, start: int, offset: int) -> int:
     """What the addresses of that mapping have more than the file's."""
     with path.open("rb") as stream:
         for segment in ELFFile(stream).iter_segments("PT_LOAD"):
-            if segment["p_flags"] & 1 and segment["p_offset"] // 4096 * 4096 == offset:
-                page: int = segment["p_vaddr"] // 4096 * 4096
-                return start - page
+            into: int = offset - segment["p_offset"]
+            if segment["p_flags"] & 1 and -4096 < into < segment["p_filesz"]:
+                return start - int(segment["p_vaddr"]) - into
     raise AssertionError(f"{path} has no code at {offset}")
 
 

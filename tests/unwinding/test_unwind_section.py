@@ -32,6 +32,7 @@ from latrace.tracer.unwinding.rules import BAD_RULE, CFA, CFA_OFFSET, NO_RULE, R
 from latrace.tracer.unwinding.table import TableError, UnwindTable
 
 PLAIN = (CFA_OFFSET, 7, 8, 0)
+OFFSET_16 = b"\x0e\x10"
 
 
 def rule_at(section: Section, address: int) -> Rules:
@@ -115,6 +116,27 @@ def test_what_is_not_understood_has_no_rule(head: bytes) -> None:
     assert numbers_at(section, 0x4000) == [NO_RULE]
 
 
+def test_the_first_of_two_functions_at_one_address_counts() -> None:
+    functions = [(0x4000, 0x10, b""), (0x4000, 0x20, OFFSET_16), (0x4000, 0x30, OFFSET_16)]
+    section = section_of_functions([*functions, (0x5000, 0x10, OFFSET_16), (0x6000, 0x10, b"")])
+    assert cfa_of(rule_at(section, 0x400F)) == PLAIN
+    assert numbers_at(section, 0x4010, 0x5010, 0x6010) == [NO_RULE] * 3
+    assert cfa_of(rule_at(section, 0x500F)) == (CFA_OFFSET, 7, 16, 0)
+    assert cfa_of(rule_at(section, 0x600F)) == PLAIN
+
+
+def test_a_signal_frame_is_told_from_another_with_the_same_rules() -> None:
+    plain, signal = cie(), cie(augmentation=b"zRS")
+    body = struct.pack("<QQ", 0x4000, 0x10) + block(b"")
+    other = struct.pack("<QQ", 0x4010, 0x10) + block(b"")
+    data = plain + signal
+    data += record(struct.pack("<I", len(data) + 4) + body)
+    data += record(struct.pack("<I", len(data) + 4 - len(plain)) + other)
+    section = of_bytes(data)
+    assert not rule_at(section, 0x4000)["signal"]
+    assert rule_at(section, 0x4010)["signal"]
+
+
 def test_functions_that_overlap_begin_where_they_say() -> None:
     functions = [(0x4000, 0x100, b""), (0x4010, 0x10, b"\x0e\x10"), (0x4010, 0x20, b"\x0e\x18")]
     section = section_of_functions([*functions, (0x5000, 0, b""), (0x6000, 1 << 63, b"")])
@@ -123,6 +145,28 @@ def test_functions_that_overlap_begin_where_they_say() -> None:
     assert cfa_of(rule_at(section, 0x401F)) == (CFA_OFFSET, 7, 16, 0)
     assert numbers_at(section, 0x4020, 0x5000) == [NO_RULE, NO_RULE]
     assert (np.diff(table.pcs.astype(np.int64)) > 0).all()
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 40), st.integers(-3, 20)), max_size=12))
+def test_whom_each_address_belongs_to(spans: list[tuple[int, int]]) -> None:
+    # Each one has an offset of its own.
+    section = section_of_functions(
+        [
+            (0x4000 + begin, size & (1 << 64) - 1, b"\x0e" + uleb(number + 1))
+            for number, (begin, size) in enumerate(spans)
+        ]
+    )
+    owners: dict[int, tuple[int, int]] = {}
+    for number, (begin, size) in enumerate(spans):
+        if size > 0:
+            owners.setdefault(begin, (number + 1, begin + size))
+    table = compile_section(section)
+    for address in range(64):
+        begin = max((begin for begin in owners if begin <= address), default=None)
+        offset, end = (0, 0) if begin is None else owners[begin]
+        rule = table.rules[int(table.lookup(np.array([0x4000 + address], dtype=np.uint64))[0])]
+        assert int(rule["cfa_offset"]) == (offset if address < end else 0)
 
 
 # --- what instructions say

@@ -412,6 +412,6 @@ def test_a_batch_of_thousand_deep_stacks_takes_little_time(places: Places) -> No
     began = time.process_time()
     walks = unwind(stacks, places)
     # An order of magnitude more than it takes.
-    assert time.process_time() - began < 0.05
+    assert time.process_time() - began < 0.1
     assert walks.counts.tolist() == [depth] * count
     assert (walks.ends == End.WHOLE).all()

@@ -254,7 +254,9 @@ def read_programs(section: Section) -> Programs:
     ends = begins + np.minimum(np.maximum(sizes, 0).view(np.uint64), room)
     chosen = np.flatnonzero(good)
     order, apart = _apart(begins[chosen], ends[chosen])
-    chosen, ends[chosen[order]] = np.sort(chosen[order]), apart
+    kept = chosen[order]
+    ends[kept] = apart
+    chosen = np.sort(kept)
     return Programs(
         data, cies, begins[chosen], ends[chosen], starts[chosen], stops[chosen], cie[chosen]
     )
