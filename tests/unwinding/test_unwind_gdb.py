@@ -30,6 +30,7 @@ WORKLOADS = Path(__file__).parents[1] / "workloads"
 SCRIPT = Path(__file__).with_name("gdb_samples.py")
 FRAMES = WORKLOADS / "unwind_frames.c"
 THROW = WORKLOADS / "unwind_throw.cc"
+CPU = Path("/proc/cpuinfo").read_text()
 BUILDS = {
     "plain": (FRAMES, "-O2 -fomit-frame-pointer -Wl,-z,lazy"),
     "pointers": (FRAMES, "-O2 -fno-omit-frame-pointer -Wl,-z,now"),
@@ -118,7 +119,8 @@ def sampled(folder: Path, source: Path, options: str) -> Sampled:
     folder.mkdir(exist_ok=True)
     program = folder / "program"
     compiler = "g++" if source.suffix == ".cc" else "gcc"
-    build = [compiler, "-pthread", "-w", *options.split(), "-o", str(program), str(source)]
+    chosen = [each for each in options.split() if each != "-mavx2" or "avx2" in CPU]
+    build = [compiler, "-pthread", "-w", *chosen, "-o", str(program), str(source)]
     subprocess.run(build, check=True)
     # Without a debug server, and with nothing of what the user's gdb does.
     gdb = ["gdb", "-nx", "-batch", "-iex", "set debuginfod enabled off", "-x", str(SCRIPT)]

@@ -109,6 +109,18 @@ static APART float realigned(int by)
 	return sum + varied(by);
 }
 
+/* Arguments on the stack as well: the realigned frame needs a register for where they are. */
+static APART int realigned_far(int a, int b, int c, int d, int e, int f, int g, int h, ...)
+{
+	struct wide wide = {.numbers = {a, b, c, d, e, f, g, h}};
+	char *room = alloca(a + 16);
+
+	memset(room, h, a + 16);
+	fill(&wide, g);
+	look(20);
+	return (int)wide.numbers[b & 15] + room[a];
+}
+
 static APART int tail_end(int value)
 {
 	look(8);
@@ -176,6 +188,8 @@ int main(void)
 	look(0);
 
 	sink = realigned(40) + varied(600) + tail(3);
+	look(30);
+	sink += realigned_far(1, 2, 3, 4, 5, 6, 7, 8, 9, 10);
 	qsort(numbers, 9, sizeof(numbers[0]), compare);
 	sigaction(SIGUSR1, &action, NULL);
 	raise_inside(SIGUSR1);
