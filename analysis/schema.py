@@ -182,6 +182,7 @@ STACKS: Final = pa.schema(
         ("id", pa.int32()),
         ("frames", pa.list_(pa.int32())),  # frames.id, leaf first: kernel frames, then user
         ("whole", pa.bool_()),  # False: the walk ended before the thread's first frame
+        ("end", NAME),  # "whole", or what ended it
         ("kernel_frames", pa.int32()),  # how many of the leading frames are the kernel's
     ]
 )

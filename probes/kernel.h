@@ -59,6 +59,7 @@ static int (*then_throttled)(void *ctx) = (void *)0x7fffff04;
 static int (*then_after_quota)(void *ctx) = (void *)0x7fffff05;
 static int (*then_elsewhere)(void *ctx) = (void *)0x7fffff06;
 static int (*then_moved)(void *ctx) = (void *)0x7fffff07;
+static int (*then_copy)(void *ctx) = (void *)0x7fffff08;
 
 #define TASK_DEAD 0x80		/* include/linux/sched.h */
 #define PF_KTHREAD 0x00200000
@@ -148,6 +149,7 @@ BPF_TABLE("hash", u32, u32, lat_slots, SIZED_LATER);
 BPF_QUEUE(lat_free, u32, SIZED_LATER);
 BPF_TASK_STORAGE(lat_tasks, struct thread_state_bytes);
 BPF_RINGBUF_OUTPUT(lat_ring, SIZED_LATER);
+BPF_RINGBUF_OUTPUT(lat_copies, SIZED_LATER);
 
 static inline char *target_byte(u64 id)
 {
@@ -273,7 +275,7 @@ static inline void fill_thread(struct thread_record *r, u64 task, struct thread_
 	r->max_wait_ns = s->max_wait_ns;
 	r->blocked = s->blocked;
 	r->blocked_ns = s->blocked_ns;
-	r->user_ip = r->user_fp = 0;
+	r->user_ip = 0;
 #pragma unroll
 	for (int i = 0; i < CAUSES; i++)
 		r->causes[i] = s->causes[i];

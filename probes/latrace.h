@@ -115,25 +115,42 @@ struct socket_owner {
 #define STACK_FRAMES (STACK_KERNEL_FRAMES + STACK_USER_FRAMES)
 
 struct stack_record {
-	u8 type, part, has_user, pad;	/* has_user: the thread is in user space as well */
+	u8 type, part;
+	u8 has_user;			/* the thread is in user space as well */
+	u8 has_copy;			/* a stack_copy of the same key was sent before */
 	u16 kernel, user;		/* frames in the whole stack; kernel ones first, leaf first */
 	u64 key;
 	u32 tid, tgid;
 	u64 frames[STACK_CELL_FRAMES];
 };
 
+/* What it takes to walk a user stack that has no frame pointers, in a ring of its own: the registers
+ * with which the thread left user space, and the stack from there upwards. A page is copied whole or
+ * not at all, so it has one page more than was asked for at most. */
+#define PAGE 4096
+#define RED_ZONE 128			/* below the stack pointer, System V ABI, AMD64, 3.2.2 */
+#define COPY_PAGES 8
+#define PT_REGS 21			/* words, arch/x86/include/asm/ptrace.h */
+
+struct copy_head {
+	u64 key;
+	u32 tgid, bytes;
+	u64 base;			/* the address of the first byte */
+	u64 regs[PT_REGS];
+};
+
 /* What the kernel knows of a thread, and the exact totals of it: sent when it is first seen,
  * renamed or ended, and for every thread still there when the trace ends. */
 struct thread_record {
-	u8 type, event, place, frames;	/* THREAD_END: so many kernel addresses (u64) follow */
+	u8 type, event, place, frames;	/* THREAD_END: so many kernel addresses (u64) follow, */
 	u32 tid, tgid, ppid;
 	u64 ts_ns, start_ns;
 	char comm[COMM_BYTES];
 	u64 open_ns;			/* waiting or blocked for so long when the trace ended */
 	u64 waits, wait_ns, max_wait_ns, blocked, blocked_ns;
-	u64 user_ip, user_fp;		/* THREAD_END: where in user space it stands */
+	u64 user_ip;			/* THREAD_END: not 0, and its struct pt_regs follows these */
 	u64 causes[CAUSES];		/* of its waits, ns */
-	u64 reserved;
+	u64 reserved[2];
 };
 
 /* One per histogram slot and CPU: everything here is exact whatever the ring loses. */
@@ -156,6 +173,7 @@ struct cpu_state {
 	u64 due_key;			/* stack to take once the switch is over */
 	u32 due_tid, pad0;
 	u64 next_key;
+	u64 copy_key;			/* the stack that is being copied; 0: none, or it failed */
 
 	u64 rows, stacks, slices, sleeps, samples;
 	u64 lost_waits, lost_stacks, lost_threads, lost_slices;	/* the ring was full */
@@ -166,7 +184,9 @@ struct cpu_state {
 	u64 unseen_ns;			/* waits whose events were not fired */
 	u64 lost_sleeps, never_blocked, zero_timeout;
 	u64 lost_sockets;
-	u64 clock_ns;			/* timed_ns by the kernel's clock: a whole number of cache lines */
+	u64 clock_ns;			/* timed_ns by the kernel's clock */
+	u64 lost_copies;		/* that ring was full */
+	u64 pad1[6];			/* a whole number of cache lines */
 };
 
 struct comm_pattern { u64 value[2], mask[2]; };
@@ -182,7 +202,8 @@ struct control {
 	u64 slice_ns;			/* waits below this get no slices */
 	s64 slice_tokens;		/* slices that may still be sent in this tick */
 	u32 follow_forks, comms, cgroups, self_tgid;
-	u32 all_sockets, pad;		/* retransmits of everybody */
+	u32 all_sockets;		/* retransmits of everybody */
+	u32 copy_pages;			/* of each user stack: 1, 2, 4 or 8; 0: none */
 	struct comm_pattern comm[PATTERNS];
 	struct cgroup_id cgroup[PATTERNS];
 };

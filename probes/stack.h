@@ -11,9 +11,98 @@ static inline struct scratch *scratch_at(u32 place)
 	return (struct scratch *)lat_scratch.lookup(&slot);
 }
 
+#define REGS_SP 19		/* of struct pt_regs, in words */
+
+/* Registers and stack of the current thread in user space; `pages`: a constant. */
+static inline void fill_copy(struct copy_head *h, u64 key, u64 task, u32 pages)
+{
+	char *to = (char *)(h + 1);
+	u64 base, bytes, i;
+
+	h->key = key;
+	h->tgid = LD32(task, OFF_TASK_TGID);
+	h->bytes = 0;
+	if (read_kernel(h->regs, sizeof(h->regs), task_pt_regs(task)))
+		return;
+	base = h->regs[REGS_SP] - RED_ZONE;
+	bytes = PAGE - (base & (PAGE - 1));
+	if (read_user(to, bytes, base)) {
+		base += RED_ZONE;	/* a stack that begins here */
+		bytes = PAGE - (base & (PAGE - 1));
+		if (read_user(to, bytes, base))
+			return;
+	}
+#pragma unroll
+	for (i = 0; i < pages; i++) {
+		if (read_user(to + bytes, PAGE, base + bytes))
+			break;
+		bytes += PAGE;
+	}
+	h->base = base;
+	h->bytes = bytes;
+}
+
+#define COPY_BYTES(pages) (sizeof(struct copy_head) + ((pages) + 1) * PAGE)
+
+/* A part (kernel.h): copy the stack that this CPU's `copy_key` is for. */
+int lat_copy(u64 *ctx)
+{
+#ifdef OFF_REGS_SYSCALL
+	u64 task = get_current_task_btf(), pages;
+	struct cpu_state *c = this_cpu();
+	struct control *o = control();
+	struct copy_head *h;
+
+	if (!c || !o)
+		return 0;
+	pages = o->copy_pages;
+	if (pages == 1) {
+		h = lat_copies.ringbuf_reserve(COPY_BYTES(1));
+		if (h)
+			fill_copy(h, c->copy_key, task, 1);
+	} else if (pages == 2) {
+		h = lat_copies.ringbuf_reserve(COPY_BYTES(2));
+		if (h)
+			fill_copy(h, c->copy_key, task, 2);
+	} else if (pages == 4) {
+		h = lat_copies.ringbuf_reserve(COPY_BYTES(4));
+		if (h)
+			fill_copy(h, c->copy_key, task, 4);
+	} else {
+		h = lat_copies.ringbuf_reserve(COPY_BYTES(8));
+		if (h)
+			fill_copy(h, c->copy_key, task, 8);
+	}
+	if (h) {
+		lat_copies.ringbuf_submit(h, BPF_RB_NO_WAKEUP);
+	} else {
+		c->copy_key = 0;
+		c->lost_copies++;
+	}
+#endif
+	return 0;
+}
+
+/* Returns whether a copy of the current thread's user stack was sent. An interrupt that takes a
+ * stack meanwhile leaves `copy_key` as it was. */
+static inline int send_copy(void *ctx, struct cpu_state *c, u64 key)
+{
+	struct control *o = control();
+	u64 before = c->copy_key;
+	int sent;
+
+	if (!o || !o->copy_pages)
+		return 0;
+	c->copy_key = key;
+	then_copy(ctx);
+	sent = c->copy_key != 0;
+	c->copy_key = before;
+	return sent;
+}
+
 /* Send the first `kernel + user` frames of `s`; returns 0 when the ring was full. */
 static inline int send_frames(struct cpu_state *c, struct scratch *s, u64 key, u64 task,
-			      u32 kernel, u32 user, int has_user)
+			      u32 kernel, u32 user, int has_user, int has_copy)
 {
 	u32 part, i;
 
@@ -28,7 +117,7 @@ static inline int send_frames(struct cpu_state *c, struct scratch *s, u64 key, u
 		r->type = RECORD_STACK;
 		r->part = part;
 		r->has_user = has_user;
-		r->pad = 0;
+		r->has_copy = has_copy;
 		r->kernel = kernel;
 		r->user = user;
 		r->key = key;
@@ -49,9 +138,11 @@ static inline int send_stack(void *ctx, struct cpu_state *c, u64 key, u64 task, 
 {
 	struct scratch *s = scratch_at(place);
 	long kernel_bytes, user_bytes = 0;
+	int copied;
 
 	if (!s)
 		return 0;
+	copied = user && send_copy(ctx, c, key);
 	kernel_bytes = get_stack_of(ctx, s->frames, STACK_KERNEL_FRAMES * 8, 0);
 	if (kernel_bytes < 0)
 		kernel_bytes = 0;
@@ -62,7 +153,8 @@ static inline int send_stack(void *ctx, struct cpu_state *c, u64 key, u64 task, 
 					  STACK_USER_FRAMES * 8, 1 << 8 /* BPF_F_USER_STACK */);
 	if (user_bytes < 0)
 		user_bytes = 0;
-	return send_frames(c, s, key, task, (u64)kernel_bytes / 8, (u64)user_bytes / 8, user);
+	return send_frames(c, s, key, task, (u64)kernel_bytes / 8, (u64)user_bytes / 8, user,
+			   copied);
 }
 
 /* The kernel stack of a task that does not run: all that can be had of it. Returns bytes. */

@@ -54,6 +54,7 @@ int lat_iter_end(u64 *ctx)
 	struct cpu_state *c = this_cpu();
 	struct scratch *frames = scratch_at(SCRATCH_VICTIM);
 	u64 bytes = 0;	/* BPF divides unsigned numbers only */
+	u64 regs[PT_REGS];
 
 	if (!task || !c || !frames)
 		return 0;
@@ -72,15 +73,16 @@ int lat_iter_end(u64 *ctx)
 	if (s->wait.place == PLACE_BLOCKED) {
 		bytes = stack_of_sleeper(frames, task);
 		r.frames = bytes / 8;
-#ifdef OFF_REGS_FP
-		u64 regs = task_pt_regs(task);
-
-		r.user_ip = LD64(regs, OFF_REGS_IP);
-		r.user_fp = LD64(regs, OFF_REGS_FP);
+#ifdef OFF_REGS_IP
+		if (!(LD32(task, OFF_TASK_FLAGS) & PF_KTHREAD) &&
+		    !read_kernel(regs, sizeof(regs), task_pt_regs(task)))
+			r.user_ip = regs[OFF_REGS_IP / 8];
 #endif
 	}
 	seq_write(seq, &r, sizeof(r));
 	if (bytes)
 		seq_write(seq, frames->frames, bytes);
+	if (r.user_ip)
+		seq_write(seq, regs, sizeof(regs));
 	return 0;
 }

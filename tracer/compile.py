@@ -88,9 +88,8 @@ _OPTIONAL_OFFSETS = {
     "OFF_CFS_RQ_THROTTLED_SELF": ("cfs_rq", "throttled_clock_self"),
     "OFF_CFS_RQ_THROTTLED_SELF_TIME": ("cfs_rq", "throttled_clock_self_time"),
     "OFF_TASK_THROTTLED": ("task_struct", "throttled"),  # quota by task (6.18)
-    "OFF_REGS_SYSCALL": ("pt_regs", "orig_ax"),  # x86, as the next two
+    "OFF_REGS_SYSCALL": ("pt_regs", "orig_ax"),  # x86, as the next one
     "OFF_REGS_IP": ("pt_regs", "ip"),
-    "OFF_REGS_FP": ("pt_regs", "bp"),
 }
 
 # What sleep calls are told by: all of them, or sleep calls are not taken apart.
@@ -197,6 +196,7 @@ _PARTS = {
     0x7FFFFF05: "lat_after_quota",
     0x7FFFFF06: "lat_elsewhere",
     0x7FFFFF07: "lat_moved",
+    0x7FFFFF08: "lat_copy",
 }
 ITERATORS = {
     "lat_iter_seed": "bpf_iter_task",
@@ -221,6 +221,7 @@ MAPS = (
     "lat_free",
     "lat_tasks",
     "lat_ring",
+    "lat_copies",
 )
 
 

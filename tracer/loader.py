@@ -33,6 +33,8 @@ _COUNT_SENT_AGAIN = ("lat_retransmit", "lat_synack")
 SOCKET_PROGRAMS = frozenset({*TCP_TRACEPOINTS, "lat_sent", "lat_iter_sockets", "lat_iter_storage"})
 
 # One for each process, as far as these bytes go; the processes beyond share one.
+_COPIES_BYTES = 8 << 20  # a second's stacks, at the usual budget
+
 _HISTOGRAMS, _HISTOGRAM_BYTES, _HISTOGRAMS_BYTES = 63, 30_336, 64 << 20
 
 
@@ -42,6 +44,8 @@ class Build:
 
     ring_bytes: int
     histograms: int
+    copies_bytes: int = mmap.PAGESIZE
+    """The ring of stack copies."""
     single_threads: bool = False
     cgroups: bool = False
     stacks: bool = True
@@ -61,6 +65,7 @@ def build_for(options: Options) -> Build:
     processes = len(options.pids) + len(options.tids)
     return Build(
         ring_bytes=options.ring_bytes,
+        copies_bytes=_COPIES_BYTES if options.stacks and options.user_copies else mmap.PAGESIZE,
         histograms=1 + max(1, min(_HISTOGRAMS if several else processes, _HISTOGRAMS, affordable)),
         single_threads=bool(options.tids),
         cgroups=bool(options.cgroups),
@@ -161,6 +166,7 @@ def _load(compiled: Compiled, build: Build) -> Probes:
         "lat_slots": build.histograms,
         "lat_free": build.histograms,
         "lat_ring": build.ring_bytes,
+        "lat_copies": build.copies_bytes,
     }
     try:
         for each in compiled.maps:

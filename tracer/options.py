@@ -45,6 +45,8 @@ class Options:
     slow_ns: int = DEFAULT_SLOW_NS
     """A wait of at least this long gets its stack, within the budget."""
     stacks: bool = True
+    user_copies: bool = True
+    """Copy the top of the targets' stacks, to walk what was compiled without frame pointers."""
     stack_budget_per_s: int = DEFAULT_STACK_BUDGET_PER_S
     cpu_samples_hz: int = DEFAULT_CPU_SAMPLES_HZ
     """How often each CPU is looked at for what a target does there; 0: never."""

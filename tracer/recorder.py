@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -10,8 +10,10 @@ import numpy as np
 import numpy.typing as npt
 
 from .counters import counter_columns, thread_columns
+from .naming import NamedStacks, Naming
 from .records import (
     CELL_BYTES,
+    PT_REGS,
     SAMPLE,
     SLEEP,
     SLICE,
@@ -24,14 +26,18 @@ from .records import (
 from .rows import sample_columns, slice_columns, wait_columns
 from .sleeps import sleep_columns
 from .sockets import retransmit_columns, socket_event_columns
-from .stacks import NamedStacks, Naming, StackCells
-from .unwind import user_frames
+from .stacks import RawStack, StackCells
+from .target_stack import copy_stack
+from .unwinding.walker import WHOLE
 
-STACK_FOLLOWS_NS = 500_000_000
-"""A stack's cells follow its wait at once. A row that is older has waited in vain."""
+STACK_FOLLOWS_NS, NAME_FOLLOWS_NS = 500_000_000, 10_000_000_000
+"""A stack's cells follow its wait at once; to walk and name it can take the parsing of a file. A
+row that is older has waited in vain."""
 
 _ROWS_PER_APPEND = 1 << 16
 _NAMING_TIMEOUT_S = 30.0
+
+Copies = Sequence[tuple[npt.NDArray[np.void], npt.NDArray[np.uint8]]]
 
 # Record → its dtype, table, a time in it, its columns, and the keys of the stacks it refers to.
 _ROWS: dict[Record, tuple[np.dtype[np.void], str, str, Callable[..., Any], tuple[str, ...]]] = {
@@ -84,8 +90,9 @@ class Recorder:
         self.lost_stacks = 0
         """Stacks that came without their row, or in part; known at the end."""
 
-    def add_stacks(self, cells: npt.NDArray[np.void]) -> None:
-        """Take stack cells, shape (n,) of dtype STACK."""
+    def add_stacks(self, cells: npt.NDArray[np.void], copies: Copies) -> None:
+        """Take stack cells, shape (n,) of dtype STACK, and the copies read after them."""
+        self._stacks.add_copies(copies)
         self._stacks.add(cells)
 
     def add(self, record: Record, rows: npt.NDArray[np.void], now_ns: int) -> None:
@@ -107,20 +114,36 @@ class Recorder:
 
     def begin_epoch(self) -> None:
         """Let rows from now on refer to no stack and no frame that was written before."""
-        self._stacks.begin_epoch()
+        self._write_all(None)
         self._naming.begin_epoch()
 
     @property
-    def all_named(self) -> bool:
-        """Whether a flush now would write the names of all stacks that have come."""
-        return self._naming.is_idle
+    def stacks(self) -> int:
+        """How many stacks have come."""
+        return self._naming.added
 
-    def flush(self, now_ns: int) -> None:
-        """Put everything known so far on disk."""
+    def has_named(self, stacks: int) -> bool:
+        """Whether a flush now would write the names of the first so many stacks."""
+        return self._naming.has_named(stacks)
+
+    @property
+    def copy_pages(self) -> int:
+        """How many pages the copies of user stacks should have."""
+        return self._naming.copy_pages
+
+    def flush(self, now_ns: int | None) -> None:
+        """Put everything known so far on disk; with None also rows whose stack may still come."""
+        self._write_all(now_ns)
+        self._writer.flush()
+
+    def _write_all(self, now_ns: int | None) -> None:
+        self._take_names(self._naming.take())
         for record in self._held:
             self._write_rows(record, now_ns)
-        self._write_names(self._naming.take())
-        self._writer.flush()
+
+    def _take_names(self, named: NamedStacks) -> None:
+        self._stacks.resolve(named.numbers)
+        self._write_names(named)
 
     def _write_rows(self, record: Record, now_ns: int | None) -> None:
         """Write rows; those whose stack may still come are held back, unless `now_ns` is None."""
@@ -131,8 +154,10 @@ class Recorder:
         rows = np.concatenate(held.parts)
         held.parts, held.count = [], 0
         if now_ns is not None:
-            ready = rows[time_field] + np.uint64(STACK_FOLLOWS_NS) < now_ns
-            ready |= np.logical_and.reduce([self._stacks.arrived(rows[key]) for key in keys])
+            ready = np.ones(len(rows), np.bool_)
+            for absent, unnamed in (self._stacks.waits_for(rows[key]) for key in keys):
+                ready &= ~absent | (rows[time_field] + np.uint64(STACK_FOLLOWS_NS) < now_ns)
+                ready &= ~unnamed | (rows[time_field] + np.uint64(NAME_FOLLOWS_NS) < now_ns)
             if not ready.all():
                 held.parts = [rows[~ready]]
                 held.count = len(held.parts[0])
@@ -153,11 +178,12 @@ class Recorder:
         self._writer.append("threads", thread_columns(threads, cgroups, stacks))
 
     def write_open_threads(
-        self, raw: bytes, cgroups: Mapping[int, str], *, end_ns: int, stacks: bool
+        self, raw: bytes, cgroups: Mapping[int, str], *, end_ns: int, stacks: bool, copies: bool
     ) -> int:
         """Write the final rows of threads still there; returns how many of them wait right now.
 
-        `raw`: what the iterator at the end wrote, records with the kernel stack behind each.
+        `raw`: what the iterator at the end wrote, records with the kernel stack and the user's
+        registers behind each. `stacks`: take those, with `copies` of user stacks.
         """
         at = 0
         records: list[npt.NDArray[np.void]] = []
@@ -168,11 +194,18 @@ class Recorder:
             depth = int(record["frames"][0])
             kernel = np.frombuffer(raw, "<u8", depth, at)
             at += 8 * depth
+            user, copy = record["user_ip"][record["user_ip"] != 0], None
             number = -1
+            if len(user):
+                if stacks and copies:
+                    regs = np.frombuffer(raw, "<u8", PT_REGS, at)
+                    copy = copy_stack(int(record["tgid"][0]), regs)
+                at += 8 * PT_REGS
             if stacks and depth:
-                tgid = int(record["tgid"][0])
-                user = user_frames(tgid, int(record["user_ip"][0]), int(record["user_fp"][0]))
-                number = self._stacks.intern(tgid, kernel, np.array(user, np.uint64))
+                stack = RawStack(
+                    0, int(record["tgid"][0]), kernel, user, has_user=len(user) > 0, copy=copy
+                )
+                number = self._naming.number(stack)
             records.append(record)
             ids.append(number)
         if not records:
@@ -197,13 +230,14 @@ class Recorder:
                 },
             )
         if named.stacks:
-            numbers, ids, whole, kernel_frames = zip(*named.stacks, strict=True)
+            numbers, ids, ends, kernel_frames = zip(*named.stacks, strict=True)
             self._writer.append(
                 "stacks",
                 {
                     "id": list(numbers),
                     "frames": list(ids),
-                    "whole": list(whole),
+                    "whole": [end == WHOLE for end in ends],
+                    "end": list(ends),
                     "kernel_frames": list(kernel_frames),
                 },
             )
@@ -233,11 +267,11 @@ class Recorder:
         return self._naming.stats()
 
     def finish(self) -> dict[str, Any]:
-        """Write what was held back and wait for the last names; returns how the look-up fared."""
+        """Wait for the last names and write what was held back; returns how the look-up fared."""
+        self._take_names(self._naming.finish(_NAMING_TIMEOUT_S))
         for record in self._held:
             self._write_rows(record, None)
         self.lost_stacks += self._stacks.forget()
-        self._write_names(self._naming.finish(_NAMING_TIMEOUT_S))
         return self.symbols()
 
     def close(self, *, complete: bool) -> None:

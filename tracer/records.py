@@ -14,6 +14,7 @@ CELL_BYTES = 184
 STACK_CELL_FRAMES = 20
 STACK_KERNEL_FRAMES, STACK_USER_FRAMES = 40, 120
 HIST_SLOTS = 3776
+PT_REGS = 21  # words
 PATTERNS = 8
 
 
@@ -215,7 +216,7 @@ STACK = _in_cell(
         ("type", "u1"),
         ("part", "u1"),
         ("has_user", "u1"),
-        ("pad", "u1"),
+        ("has_copy", "u1"),
         ("kernel", "<u2"),
         ("user", "<u2"),
         ("key", "<u8"),
@@ -243,11 +244,20 @@ THREAD = _in_cell(
         ("blocked", "<u8"),
         ("blocked_ns", "<u8"),
         ("user_ip", "<u8"),
-        ("user_fp", "<u8"),
         ("causes", "<u8", len(CAUSES)),
-        ("reserved", "<u8"),
+        ("reserved", "<u8", 2),
     ]
 )
+COPY = np.dtype(
+    [
+        ("key", "<u8"),
+        ("tgid", "<u4"),
+        ("bytes", "<u4"),
+        ("base", "<u8"),
+        ("regs", "<u8", PT_REGS),
+    ]
+)
+"""The head of a record in the ring of stack copies; the copy follows."""
 HIST = np.dtype(
     [
         ("kinds", "<u8", 4),
@@ -277,6 +287,7 @@ CPU_STATE = np.dtype(
         ("due_tid", "<u4"),
         ("pad0", "<u4"),
         ("next_key", "<u8"),
+        ("copy_key", "<u8"),
         ("rows", "<u8"),
         ("stacks", "<u8"),
         ("slices", "<u8"),
@@ -306,6 +317,8 @@ CPU_STATE = np.dtype(
         ("zero_timeout", "<u8"),
         ("lost_sockets", "<u8"),
         ("clock_ns", "<u8"),
+        ("lost_copies", "<u8"),
+        ("pad1", "<u8", 6),
     ]
 )
 CONTROL = np.dtype(
@@ -323,7 +336,7 @@ CONTROL = np.dtype(
         ("cgroups", "<u4"),
         ("self_tgid", "<u4"),
         ("all_sockets", "<u4"),
-        ("pad", "<u4"),
+        ("copy_pages", "<u4"),
         ("comm", [("value", "<u8", 2), ("mask", "<u8", 2)], PATTERNS),
         ("cgroup", [("id", "<u8"), ("hierarchy", "<u8")], PATTERNS),
     ]
@@ -338,6 +351,7 @@ STRUCTS = {
     "sample_record": SAMPLE,
     "socket_record": SOCKET,
     "socket_owner": OWNER,
+    "copy_head": COPY,
     "hist": HIST,
     "overshoot": OVERSHOOT,
     "cpu_state": CPU_STATE,

@@ -21,7 +21,7 @@ import platform
 import numpy as np
 import numpy.typing as npt
 
-from .records import CELL_BYTES
+from .records import CELL_BYTES, COPY
 
 _HEADER_BYTES = 8
 _STRIDE = _HEADER_BYTES + CELL_BYTES
@@ -50,8 +50,8 @@ else:
     _fence = _membarrier
 
 
-class Ring:
-    """One ring buffer of equal cells. `size` is its data size in bytes, a power of two."""
+class _Pages:
+    """The pages of a ring buffer. `size` is its data size in bytes, a power of two."""
 
     def __init__(self, fd: int, size: int) -> None:
         page = mmap.PAGESIZE
@@ -72,6 +72,16 @@ class Ring:
     def used(self) -> float:
         """The share of the ring that waits to be read, 0 to 1."""
         return (int(self._producer[0]) - int(self._consumer[0])) / self.size
+
+    def close(self) -> None:
+        """Unmap it. The arrays handed out are copies and stay valid."""
+        del self._consumer, self._producer, self._data
+        self._consumer_map.close()
+        self._producer_map.close()
+
+
+class Ring(_Pages):
+    """One ring buffer of equal cells."""
 
     def read(self, max_bytes: int = 4 << 20) -> npt.NDArray[np.void]:
         """All finished cells up to `max_bytes` of ring, copied out; their room is given back.
@@ -95,11 +105,31 @@ class Ring:
         self._consumer[0] = consumer + len(cells) * _STRIDE
         return batch
 
-    def close(self) -> None:
-        """Unmap it. The arrays handed out are copies and stay valid."""
-        del self._consumer, self._producer, self._data
-        self._consumer_map.close()
-        self._producer_map.close()
+
+class CopyRing(_Pages):
+    """The ring buffer of stack copies: records of many sizes, and few of them."""
+
+    def read(self) -> list[tuple[npt.NDArray[np.void], npt.NDArray[np.uint8]]]:
+        """All finished records, copied out: the head, shape (1,) of COPY, and the stack's bytes.
+
+        Their room is given back, and stays as it is until the probes write there again.
+        """
+        consumer, producer = int(self._consumer[0]), int(self._producer[0])
+        _fence()
+        found = []
+        while consumer < producer:
+            start = consumer & (self.size - 1)
+            length = int(self._data[start : start + 4].view("<u4")[0])
+            if length & _BUSY:
+                break
+            _fence()
+            record = self._data[start + _HEADER_BYTES : start + _HEADER_BYTES + length]
+            head = record[: COPY.itemsize].view(COPY).copy()
+            found.append((head, record[COPY.itemsize :][: int(head["bytes"][0])].copy()))
+            consumer += _HEADER_BYTES + -(-length // 8) * 8
+        _fence()
+        self._consumer[0] = consumer
+        return found
 
 
 def page_align(size: int) -> int:

@@ -37,11 +37,12 @@ from .options import Options
 from .owners import Owners
 from .processes import read_task
 from .records import SOCKET, STACK, THREAD, Record, ThreadEvent
-from .ring import Ring
+from .ring import CopyRing, Ring
 from .rows import split
 from .sampling import Sampler
 from .shared import TARGET_PROCESS, TARGET_THREAD, Shared
 from .sleeps import sleep_totals, tell_timerfd
+from .stacks import COPY_PAGES
 
 if TYPE_CHECKING:
     from .outputs import OutputDir
@@ -134,6 +135,7 @@ class Tracer:
         undo.callback(self._probes.close)
         self._shared = Shared(self._probes)
         self._ring = Ring(self._probes.maps["lat_ring"], options.ring_bytes)
+        self._copies = CopyRing(self._probes.maps["lat_copies"], self._probes.build.copies_bytes)
         undo.callback(self._alive.close)
         self._budget = Budget(self._shared, options, self._probes)
         self._budget.start()
@@ -143,6 +145,8 @@ class Tracer:
         undo.callback(self._sampler.close)
         tell_timerfd(self._probes)
         self._shared.control["all_sockets"] = options.all_sockets
+        if options.user_copies:
+            self._shared.control["copy_pages"] = COPY_PAGES
         self._probes.attach()
         self._sampler.start()
         self._start_ns, self._start_realtime_ns = time.monotonic_ns(), time.time_ns()
@@ -203,6 +207,7 @@ class Tracer:
                 "min_ns": options.min_ns,
                 "slow_ns": options.slow_ns,
                 "stacks": options.stacks,
+                "user_copies": options.user_copies,
                 "stack_budget_per_s": options.stack_budget_per_s,
                 "cpu_samples_hz": options.cpu_samples_hz,
                 "without": sorted(options.without),
@@ -246,6 +251,8 @@ class Tracer:
             quiet = before == (produced, waits)
             self._drain()
             self._budget.step(used)
+            if self._options.user_copies:
+                self._shared.control["copy_pages"] = self._recorder.copy_pages
             self._sampler.step()
             self._cost.step()
             now = time.monotonic()
@@ -302,7 +309,7 @@ class Tracer:
             records = split(cells)
             stacks = records.get(Record.STACK)
             if stacks is not None and len(stacks):
-                self._recorder.add_stacks(stacks.view(STACK))
+                self._recorder.add_stacks(stacks.view(STACK), self._copies.read())
             threads = records.get(Record.THREAD)
             if threads is not None and len(threads):
                 self._take_threads(threads.view(THREAD))
@@ -473,6 +480,7 @@ class Tracer:
             self._cgroups,
             end_ns=end_ns,
             stacks=self._options.stacks,
+            copies=self._options.user_copies,
         )
         while self._ring.used():
             self._drain()

@@ -17,7 +17,7 @@ TARGET_PROCESS, TARGET_THREAD = 1, 2
 _COUNTERS = tuple(
     name
     for name in (CPU_STATE.names or ())
-    if name not in {"due_key", "due_tid", "pad0", "next_key", "pad"}
+    if name not in {"due_key", "due_tid", "pad0", "next_key", "copy_key", "pad1"}
 )
 
 

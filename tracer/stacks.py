@@ -1,104 +1,85 @@
-"""Sampled stacks on their way from ring cells to the capture's `stacks` and `frames` tables.
+"""Sampled stacks on their way from the rings to the capture's `stacks` table.
 
-The cells of a stack are joined and each distinct stack gets its id at once, in the drain; names are
-looked up by a thread of their own, because opening and parsing a target's files takes time in
-which the ring would fill.
+The cells of a stack are joined, and put together with the copy that was made of its user stack.
+Walking it and looking up names is done by a thread of their own (tracer/naming.py), because opening
+and parsing a target's files takes time in which the ring would fill; what number a stack has is
+known when that is done.
 """
 
 from __future__ import annotations
 
-import queue
-import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from .records import STACK, STACK_CELL_FRAMES, STACK_USER_FRAMES
-from .symbols import Frame, Space, Symbolizer
+from .records import STACK, STACK_CELL_FRAMES
 
-# Frames of the tracepoint and of our own program above the point where the thread stood.
-_KERNEL_ENTRY = ("__schedule", "try_to_wake_up", "wake_up_new_task")
-
-# First functions of a thread: a walk that ends in one of them is whole.
-_ROOTS = frozenset(
-    {
-        "_start",
-        "__libc_start_main",
-        "__libc_start_call_main",
-        "__libc_start_main_impl",
-        "clone",
-        "__clone",
-        "clone3",
-        "__clone3",
-        "start_thread",
-        "runtime.goexit",
-        "runtime.goexit.abi0",
-        "runtime.mstart",
-        "runtime.mstart.abi0",
-        "runtime.rt0_go",
-        "runtime.rt0_go.abi0",
-    }
-)
+COPY_PAGES = 4
+"""Of each user stack that are copied to begin with, beside the one that it stands in."""
 
 _CULPRIT_KEYS = 1 << 62  # see probes/causes.h
-_WAITING_CELLS, _WAITING_STACKS = 1 << 12, 1 << 14
-_REMEMBERED = 1 << 17  # distinct stacks; beyond, all are forgotten: one that recurs gets a new id
+_WAITING_CELLS, _WAITING_STACKS, _WAITING_COPIES = 1 << 12, 1 << 14, 256
 
-_LAST_ID = 2**31 - 1  # the ids of a capture are 32 bits wide, signed
 
-_Key = tuple[int, int, bytes]
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """A user stack as it was: registers, shape (21,) uint64 in the order of struct pt_regs, and the
+    bytes from the address `base` upwards."""
+
+    regs: npt.NDArray[np.uint64]
+    base: int
+    memory: npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True, slots=True)
 class RawStack:
-    """A distinct stack: addresses leaf first, the kernel's before the user's."""
+    """A stack that was sampled: addresses leaf first, the kernel's before the user's."""
 
-    id: int
+    key: int
     tgid: int
     kernel: npt.NDArray[np.uint64]
     user: npt.NDArray[np.uint64]
+    """By frame pointers, as the kernel walks them."""
     has_user: bool
     """Whether there is a user stack to be had: not in an interrupt, nor of a kernel thread."""
+    copy: Copy | None = None
+    number: int = -1
+    """What it is to have in the table; -1: that of an equal one, or a new one."""
+
+    @property
+    def copy_bytes(self) -> int:
+        """The size of the copy."""
+        return 0 if self.copy is None else self.copy.memory.nbytes
 
 
 class StackCells:
-    """Joins the cells of stacks as they arrive and gives each distinct stack an id."""
+    """Joins the cells of stacks as they arrive, and knows the numbers of those that are named."""
 
-    def __init__(self, on_new: Callable[[RawStack], None]) -> None:
-        self._on_new = on_new
-        self._ids: dict[_Key, int] = {}
-        self._next_id = 0
+    def __init__(self, on_whole: Callable[[RawStack], None]) -> None:
+        self._on_whole = on_whole
         self._dropped = 0
         self._waiting: npt.NDArray[np.void] = np.empty(0, STACK)
-        self._by_key: dict[int, int] = {}
+        self._copies: dict[int, Copy] = {}
+        self._unnamed: set[int] = set()
+        self._numbers: dict[int, int] = {}
 
-    def intern(
-        self,
-        tgid: int,
-        kernel: npt.NDArray[np.uint64],
-        user: npt.NDArray[np.uint64],
-        *,
-        has_user: bool = True,
-    ) -> int:
-        """The id of a stack, the same for equal stacks of one process."""
-        key = (tgid, len(kernel), kernel.tobytes() + user.tobytes())
-        found = self._ids.get(key)
-        if found is None:
-            if len(self._ids) >= _REMEMBERED:
-                self._ids.clear()
-            found = self._ids[key] = self._next_id
-            self._next_id = (self._next_id + 1) & _LAST_ID
-            self._on_new(RawStack(found, tgid, kernel.copy(), user.copy(), has_user))
-        return found
+    def add_copies(
+        self, copies: Iterable[tuple[npt.NDArray[np.void], npt.NDArray[np.uint8]]]
+    ) -> None:
+        """Take copies: heads, shape (1,) of dtype COPY, and bytes; before the stacks' cells."""
+        for head, memory in copies:
+            self._copies[int(head["key"][0])] = Copy(head["regs"][0], int(head["base"][0]), memory)
+        # One is there before the cells of its stack are: what stays has lost them to a full ring.
+        while len(self._copies) > _WAITING_COPIES:
+            self._copies.pop(next(iter(self._copies)))
 
     def add(self, cells: npt.NDArray[np.void]) -> None:
         """Take cells, shape (n,) of dtype STACK, in ring order."""
-        if len(self._by_key) > _WAITING_STACKS:  # their rows were lost to a full ring
-            self._dropped += self._unclaimed()
-            self._by_key.clear()
+        if len(self._numbers) > _WAITING_STACKS:  # their rows were lost to a full ring
+            self._dropped += _of_waits(self._numbers)
+            self._numbers.clear()
         cells = np.concatenate([self._waiting, cells])
         order = np.lexsort((cells["part"], cells["key"]))
         cells = cells[order]
@@ -106,182 +87,61 @@ class StackCells:
         depth = cells["kernel"][starts].astype(int) + cells["user"][starts]
         whole = counts == np.maximum(1, -(-depth // STACK_CELL_FRAMES))
         for index in np.flatnonzero(whole):
-            start, first = starts[index], cells[starts[index]]
+            start, first, key = starts[index], cells[starts[index]], int(keys[index])
             frames = cells["frames"][start : start + counts[index]].ravel()
             kernel = int(first["kernel"])
-            self._by_key[int(keys[index])] = self.intern(
-                int(first["tgid"]),
-                frames[:kernel],
-                frames[kernel : int(depth[index])],
-                has_user=bool(first["has_user"]),
+            self._unnamed.add(key)
+            self._on_whole(
+                RawStack(
+                    key,
+                    int(first["tgid"]),
+                    frames[:kernel].copy(),
+                    frames[kernel : int(depth[index])].copy(),
+                    has_user=bool(first["has_user"]),
+                    copy=self._copies.pop(key, None),
+                )
             )
         # The rest of a stack follows at once. What is still in parts after so many cells has lost
         # one to a full ring.
         self._waiting = cells[np.repeat(~whole, counts)][-_WAITING_CELLS:]
 
-    def begin_epoch(self) -> None:
-        """Give no id from before again: what it stands for may be forgotten."""
-        self._ids.clear()
+    def resolve(self, numbers: Iterable[tuple[int, int]]) -> None:
+        """Take the numbers of stacks that are named: pairs of key and number."""
+        for key, number in numbers:
+            self._numbers[key] = number
+            self._unnamed.discard(key)
 
     def ids(self, keys: npt.NDArray[np.uint64]) -> npt.NDArray[np.int32]:
-        """Stack ids of keys; -1 for key 0 and for stacks that have not come. Each is given once."""
+        """Stack ids of keys; -1 for key 0 and for stacks that have none yet. Each is given once."""
         found = np.full(len(keys), -1, np.int32)
         for index in np.flatnonzero(keys):
-            found[index] = self._by_key.pop(int(keys[index]), -1)
+            key = int(keys[index])
+            found[index] = self._numbers.pop(key, -1)
+            self._unnamed.discard(key)
         return found
 
-    def arrived(self, keys: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
-        """Which keys need no more waiting: those of 0, and those whose stack is here."""
-        here: npt.NDArray[np.bool_] = keys == 0
-        for index in np.flatnonzero(~here):
-            here[index] = int(keys[index]) in self._by_key
-        return here
-
-    def _unclaimed(self) -> int:
-        """Stacks whose row did not come, though it was sent."""
-        return sum(not key & _CULPRIT_KEYS for key in self._by_key)
+    def waits_for(
+        self, keys: npt.NDArray[np.uint64]
+    ) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
+        """Which keys have no number yet: of stacks that have not come, and that are not named."""
+        absent, unnamed = np.zeros((2, len(keys)), np.bool_)
+        for index in np.flatnonzero(keys):
+            key = int(keys[index])
+            unnamed[index] = key in self._unnamed
+            absent[index] = not unnamed[index] and key not in self._numbers
+        return absent, unnamed
 
     def forget(self) -> int:
         """Drop what waits for cells that never came or rows that never came; returns how many."""
-        dropped = self._dropped + len(np.unique(self._waiting["key"])) + self._unclaimed()
+        parts = len(np.unique(self._waiting["key"]))
+        dropped = self._dropped + parts + _of_waits(self._numbers) + _of_waits(self._unnamed)
         self._waiting = np.empty(0, STACK)
-        self._by_key.clear()
+        self._copies.clear()
+        self._unnamed.clear()
+        self._numbers.clear()
         return dropped
 
 
-@dataclass(slots=True)
-class NamedStacks:
-    """Rows for the tables `frames` and `stacks`, and how the stacks ended."""
-
-    frames: list[tuple[int, Frame]]
-    stacks: list[tuple[int, list[int], bool, int]]
-
-
-class _Epoch:
-    """A place in the queue: stacks behind it refer to no frame before it."""
-
-
-class Naming:
-    """Names the frames of new stacks on a thread of its own."""
-
-    def __init__(self) -> None:
-        self._symbolizer = Symbolizer()
-        self._todo: queue.SimpleQueue[RawStack | int | _Epoch | None] = queue.SimpleQueue()
-        self._done: queue.SimpleQueue[NamedStacks] = queue.SimpleQueue()
-        self._frame_ids: dict[Frame, int] = {}
-        self._next_frame = 0
-        self._unnamed: dict[int, RawStack] = {}
-        self._late = 0
-        self._thread = threading.Thread(target=self._run, name="latrace-names", daemon=True)
-        self._thread.start()
-
-    def add(self, stack: RawStack) -> None:
-        """Name a stack; its rows come out of `take` later."""
-        self._unnamed[stack.id] = stack
-        self._todo.put(stack)
-
-    def changed(self, tgid: int) -> None:
-        """The process has mapped something new, by exec at the latest."""
-        self._todo.put(tgid)
-
-    def begin_epoch(self) -> None:
-        """Let the rows of stacks added from now on refer to none of the rows before.
-
-        Programs that have not been seen since the last time are forgotten.
-        """
-        self._todo.put(_Epoch())
-
-    @property
-    def is_idle(self) -> bool:
-        """Whether all that was added has been named; `take` then has it."""
-        return not self._unnamed
-
-    def take(self) -> NamedStacks:
-        """All rows that are ready."""
-        rows = NamedStacks([], [])
-        while not self._done.empty():
-            ready = self._done.get()
-            rows.frames += ready.frames
-            rows.stacks += ready.stacks
-        return rows
-
-    def finish(self, timeout_s: float) -> NamedStacks:
-        """Wait for what is under way, at most so long; returns the last rows.
-
-        The frames of stacks that are not named by then are addresses.
-        """
-        self._todo.put(None)
-        self._thread.join(timeout_s)
-        rows = self.take()
-        named = {number for number, *_ in rows.stacks}
-        late = [stack for stack in list(self._unnamed.values()) if stack.id not in named]
-        self._late += len(late)
-        for stack in late:
-            kernel = _addresses("kernel", stack.kernel)
-            self._add_rows(rows, stack, kernel, _addresses("user", stack.user))
-        self._unnamed.clear()
-        return rows
-
-    def stats(self) -> dict[str, Any]:
-        """What the look-up refused or could not read, by reason."""
-        return self._symbolizer.stats | {"late": self._late}
-
-    def _run(self) -> None:
-        known: set[int] = set()
-        try:
-            while (item := self._todo.get()) is not None:
-                if isinstance(item, _Epoch):
-                    self._frame_ids.clear()
-                    known.clear()
-                    self._symbolizer.let_go()
-                    continue
-                if isinstance(item, int):
-                    if item in known:
-                        self._symbolizer.remember(item)
-                    continue
-                if item.tgid not in known and len(item.user):
-                    known.add(item.tgid)
-                    self._symbolizer.remember(item.tgid)
-                self._done.put(self._name(item))
-                self._unnamed.pop(item.id, None)
-        finally:
-            self._symbolizer.close()
-
-    def _name(self, stack: RawStack) -> NamedStacks:
-        kernel = _from_entry(self._symbolizer.kernel(stack.kernel))
-        returns = np.arange(len(stack.user)) > 0
-        user = self._symbolizer.user(stack.tgid, stack.user, return_addresses=returns)
-        rows = NamedStacks([], [])
-        self._add_rows(rows, stack, kernel, user)
-        return rows
-
-    def _add_rows(
-        self, rows: NamedStacks, stack: RawStack, kernel: list[Frame], user: list[Frame]
-    ) -> None:
-        ids = []
-        for frame in kernel + user:
-            number = self._frame_ids.get(frame)
-            if number is None:
-                number = self._frame_ids[frame] = self._next_frame
-                self._next_frame = (number + 1) & _LAST_ID
-                rows.frames.append((number, frame))
-            ids.append(number)
-        whole = (
-            len(user) < STACK_USER_FRAMES and user[-1].symbol in _ROOTS
-            if user
-            else not stack.has_user
-        )
-        rows.stacks.append((stack.id, ids, whole, len(kernel)))
-
-
-def _addresses(space: Space, addresses: npt.NDArray[np.uint64]) -> list[Frame]:
-    """Frames that nobody had the time to name."""
-    return [Frame(None, "[not looked up]", address, space) for address in addresses.tolist()]
-
-
-def _from_entry(frames: list[Frame]) -> list[Frame]:
-    """Kernel frames from the scheduler's entry on, without the tracing above it."""
-    for index, frame in enumerate(frames):
-        if frame.symbol in _KERNEL_ENTRY:
-            return frames[index:]
-    return frames
+def _of_waits(keys: Iterable[int]) -> int:
+    """Those whose row has to come, as it was sent; a culprit's may not have been."""
+    return sum(not key & _CULPRIT_KEYS for key in keys)

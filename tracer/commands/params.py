@@ -84,6 +84,14 @@ Slow = Annotated[
 NoStacks = Annotated[
     bool, typer.Option("--no-stacks", help="Take no stacks: cheaper, no flame graph.")
 ]
+NoUserCopy = Annotated[
+    bool,
+    typer.Option(
+        "--no-user-stack-copy",
+        help="Never read the memory of the targets' stacks: less of them is seen where code has"
+        " no frame pointers.",
+    ),
+]
 StackBudget = Annotated[
     int,
     typer.Option(
@@ -155,6 +163,7 @@ def make_options(
     minimum: str | None,
     slow: str,
     no_stacks: bool,
+    no_user_copy: bool,
     stack_budget: int,
     cpu_samples: int,
     without: str | None,
@@ -175,6 +184,7 @@ def make_options(
         min_ns=min_ns,
         slow_ns=parse_duration(slow, option="--slow"),
         stacks=not no_stacks,
+        user_copies=not no_user_copy,
         stack_budget_per_s=stack_budget,
         cpu_samples_hz=cpu_samples,
         without=_parse_parts(without) if without is not None else frozenset(),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 from collections import Counter, OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -68,14 +69,20 @@ class MappedFile:
         return vaddrs, indices
 
 
+OnParsed = Callable[[MappedFile, int], None]
+"""Takes a file and a descriptor of it."""
+
+
 class FileTable:
     """All files of all targets, one entry for each content. Not thread-safe.
 
     `failed` counts files without symbols by reason.
     """
 
-    def __init__(self, worker: Worker) -> None:
+    def __init__(self, worker: Worker, on_parsed: OnParsed | None = None) -> None:
+        """`on_parsed` is called once with each file that was parsed, while it is open."""
         self._worker = worker
+        self._on_parsed = on_parsed
         self._files: dict[Key, MappedFile] = {}
         self._pending: OrderedDict[Key, MappedFile] = OrderedDict()
         self._open_limit = min(OPEN_LIMIT, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
@@ -132,6 +139,8 @@ class FileTable:
                 self.failed[wire.STATUS_WORDS[found]] += 1
                 return None
             file.image = self._with_debug_file(found, file.path, root)
+            if self._on_parsed is not None:
+                self._on_parsed(file, pending.number)
         except WorkerError as error:
             self.failed[str(error)] += 1
             return None

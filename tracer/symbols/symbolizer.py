@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter, OrderedDict
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -15,7 +16,7 @@ import numpy.typing as npt
 
 from latrace.tracer.symbols.client import Worker
 from latrace.tracer.symbols.elf import BytesSource, ElfError, read_image
-from latrace.tracer.symbols.files import FileTable, MappedFile
+from latrace.tracer.symbols.files import FileTable, MappedFile, OnParsed
 from latrace.tracer.symbols.frames import Frame, clean
 from latrace.tracer.symbols.kallsyms import KernelSymbols
 from latrace.tracer.symbols.maps import (
@@ -28,7 +29,7 @@ from latrace.tracer.symbols.maps import (
 )
 from latrace.tracer.symbols.perfmap import PerfMap, open_perf_map, perf_map_path
 from latrace.tracer.symbols.procfs import Fd, Identity, ProcessDir, Refused, open_beneath
-from latrace.tracer.symbols.table import U64, Image
+from latrace.tracer.symbols.table import U64
 
 PROCESS_LIMIT: Final = 4096
 """Processes remembered; the one not used for longest goes first."""
@@ -100,11 +101,20 @@ class Symbolizer:
     does makes a method raise; what could not be had is counted in `stats`.
     """
 
-    def __init__(self, *, privileged: bool = True, worker: Worker | None = None) -> None:
-        """`privileged`: try /proc/PID/map_files, which needs CAP_SYS_ADMIN."""
+    def __init__(
+        self,
+        *,
+        privileged: bool = True,
+        worker: Worker | None = None,
+        on_parsed: OnParsed | None = None,
+    ) -> None:
+        """`privileged`: try /proc/PID/map_files, which needs CAP_SYS_ADMIN.
+
+        `on_parsed`: see `FileTable`.
+        """
         self._privileged = privileged
         self._worker = worker or Worker()
-        self._files = FileTable(self._worker)
+        self._files = FileTable(self._worker, on_parsed)
         self._kernel: KernelSymbols | None = None
         self._processes: OrderedDict[int, _Process] = OrderedDict()
         self._roots: WeakValueDictionary[tuple[int, int, int], Fd] = WeakValueDictionary()
@@ -263,10 +273,39 @@ class Symbolizer:
         """The vDSO: the same bytes in every 64-bit process, so our own is read."""
         if self._vdso is None:
             self._vdso = MappedFile(VDSO_MODULE)
-            image, self._vdso_size = _read_vdso()
-            self._vdso.image = image
+            data = read_vdso()
+            self._vdso_size = len(data)
+            with suppress(ElfError):
+                self._vdso.image = read_image(BytesSource(data))
         # A 32-bit process has another one.
         return self._vdso if size == self._vdso_size else MappedFile(VDSO_MODULE)
+
+    # For whoever walks stacks
+
+    def mapped(self, tgid: int) -> tuple[Ranges, list[MappedFile]] | None:
+        """The executable memory of a process and the files it is of; None when it is not known.
+
+        As long as nothing is mapped anew, the ranges are the same object.
+        """
+        if tgid not in self._processes:
+            self.remember(tgid)
+        process = self._processes.get(tgid)
+        return None if process is None else (process.ranges, process.files)
+
+    def look_again(self, tgid: int) -> bool:
+        """Look at a process's mappings anew, if that may be worth it; returns whether it was."""
+        process = self._processes.get(tgid)
+        if process is None or time.monotonic() <= process.look_again_at:
+            return False
+        before = process.ranges
+        self._look(tgid, process)
+        return process.ranges is not before
+
+    def parse(self, tgid: int, file: MappedFile) -> None:
+        """Parse a file of a process, if that was not done."""
+        process = self._processes.get(tgid)
+        if process is not None:
+            self._parse(process, file)
 
     # Perf maps
 
@@ -499,16 +538,14 @@ def _inode(pinned: Fd) -> int:
     return os.fstat(pinned.number).st_ino
 
 
-def _read_vdso() -> tuple[Image | None, int]:
-    """Our own vDSO, which the kernel made, and its size."""
+def read_vdso() -> bytes:
+    """Our own vDSO, which the kernel made; empty where there is none."""
     try:
         text = Path("/proc/self/maps").read_bytes()
-        own = [mapping for mapping in parse_maps(text) if mapping.path == b"[vdso]"]
-        if not own:
-            return None, 0
-        size = own[0].end - own[0].start
-        with Path("/proc/self/mem").open("rb", buffering=0) as memory:
-            data = os.pread(memory.fileno(), size, own[0].start)
-        return read_image(BytesSource(data)), size
-    except (OSError, ElfError):
-        return None, 0
+        for mapping in parse_maps(text):
+            if mapping.path == b"[vdso]":
+                with Path("/proc/self/mem").open("rb", buffering=0) as memory:
+                    return os.pread(memory.fileno(), mapping.end - mapping.start, mapping.start)
+    except OSError:
+        pass
+    return b""

@@ -130,6 +130,7 @@ class Watch(Tracer):
         self._firings: tuple[Firing, ...] = ()
         self._fired_ns = 0
         self._end: Mark | None = None
+        self._end_stacks: int | None = None
         self._by_hand: list[str] = []
         self._on_look: Callable[[], None] = lambda: None
 
@@ -391,16 +392,19 @@ class Watch(Tracer):
                     self._marked = (-1, -1)  # where each thread stands is wanted, too
                     self._take_mark(time.monotonic())
                     self._host.snapshot(now=True)
-                    self._end = self._marks[-1]
+                    self._end, self._end_stacks = self._marks[-1], None
                 bundle.step()
                 return
             bundle.step(until_ns=self._end.at_ns)
             late_s = (now_ns - self._end.at_ns) / 1e9
             if late_s < _STACKS_FOLLOW_S:
                 return
+            if self._end_stacks is None:
+                self._end_stacks = self._recorder.stacks
+            named = self._recorder.has_named(self._end_stacks)
             # The profiles end on their own, at their deadlines.
-            if profiled and (self._recorder.all_named or late_s > _NAMES_FOLLOW_S):
-                self._recorder.flush(now_ns)
+            if profiled and (named or late_s > _NAMES_FOLLOW_S):
+                self._recorder.flush(now_ns if named else None)
                 self._close(bundle, self._end)
         except LatraceError as error:
             bundle.abandon()

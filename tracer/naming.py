@@ -1,0 +1,283 @@
+"""Sampled stacks become frames with names, on a thread of its own.
+
+User stacks are walked by what the compiler says of each function (tracer/unwinding), in batches,
+from the copy that the probes made; the copy is dropped then, and never leaves the memory. Without
+one, or where its walk comes to nothing, what the kernel found by frame pointers stands.
+"""
+
+from __future__ import annotations
+
+import itertools
+import queue
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .stacks import RawStack
+from .symbols import Frame, Space
+from .unwinding.walker import WHOLE, Walked, Walker
+
+# Frames of the tracepoint and of our own program above the point where the thread stood.
+_KERNEL_ENTRY = ("__schedule", "try_to_wake_up", "wake_up_new_task")
+
+# First functions of a thread: a walk that ends in one of them is whole.
+_ROOTS = frozenset(
+    {
+        "_start",
+        "__libc_start_main",
+        "__libc_start_call_main",
+        "__libc_start_main_impl",
+        "clone",
+        "__clone",
+        "clone3",
+        "__clone3",
+        "start_thread",
+        "runtime.goexit",
+        "runtime.goexit.abi0",
+        "runtime.mstart",
+        "runtime.mstart.abi0",
+        "runtime.rt0_go",
+        "runtime.rt0_go.abi0",
+    }
+)
+
+_BY_FRAME_POINTERS = "frame pointers"  # they led no further
+
+_REMEMBERED = 1 << 17  # distinct stacks; beyond, all are forgotten: one that recurs gets a new id
+_LAST_ID = 2**31 - 1  # the ids of a capture are 32 bits wide, signed
+_BATCH, _GATHER_S = 512, 0.5  # a walk of few takes as long as one of many
+_COPIES_BYTES = 64 << 20  # that wait to be walked; beyond, frame pointers have to do
+
+_Key = tuple[int, int, bytes, str]
+_Item = tuple[int, RawStack]
+
+
+@dataclass(slots=True)
+class NamedStacks:
+    """Rows for the tables `frames` and `stacks`, and whose they are."""
+
+    numbers: list[tuple[int, int]] = field(default_factory=list)
+    """Key of a sampled stack → its row in `stacks`."""
+    frames: list[tuple[int, Frame]] = field(default_factory=list)
+    stacks: list[tuple[int, list[int], str, int]] = field(default_factory=list)
+    """Number, frames, how the walk ended (`whole`, or why not), and how many are the kernel's."""
+
+
+class _Epoch:
+    """A place in the queue: stacks behind it refer to no frame before it."""
+
+
+class Naming:
+    """Walks and names stacks. `add` and `take` are for one thread, the work is done on another."""
+
+    def __init__(self) -> None:
+        self._walker = Walker()
+        self._symbolizer = self._walker.symbolizer
+        self._todo: queue.SimpleQueue[_Item | int | _Epoch | None] = queue.SimpleQueue()
+        self._done: queue.SimpleQueue[NamedStacks] = queue.SimpleQueue()
+        self._ids: dict[_Key, int] = {}
+        self._next_id = itertools.count()
+        self._frame_ids: dict[Frame, int] = {}
+        self._next_frame = 0
+        self._added = 0
+        self._unnamed: dict[int, RawStack] = {}
+        self._waiting_bytes = 0
+        self._counts: Counter[str] = Counter()
+        self._thread = threading.Thread(target=self._run, name="latrace-names", daemon=True)
+        self._thread.start()
+
+    def add(self, stack: RawStack) -> None:
+        """Name a stack; its rows come out of `take` later."""
+        if stack.copy is not None and self._waiting_bytes > _COPIES_BYTES:
+            self._counts["copies_dropped"] += 1
+            stack = replace(stack, copy=None)
+        self._waiting_bytes += stack.copy_bytes
+        self._unnamed[self._added] = stack
+        self._todo.put((self._added, stack))
+        self._added += 1
+
+    def number(self, stack: RawStack) -> int:
+        """The number that a stack has from now on, whatever it looks like; its rows come later."""
+        numbered = replace(stack, number=next(self._next_id) & _LAST_ID)
+        self.add(numbered)
+        return numbered.number
+
+    def changed(self, tgid: int) -> None:
+        """The process has mapped something new, by exec at the latest."""
+        self._todo.put(tgid)
+
+    def begin_epoch(self) -> None:
+        """Let the rows of stacks added from now on refer to none of the rows before.
+
+        Programs that have not been seen since the last time are forgotten.
+        """
+        self._todo.put(_Epoch())
+
+    @property
+    def copy_pages(self) -> int:
+        """How many pages the copies of user stacks should have."""
+        return self._walker.copy_pages
+
+    @property
+    def added(self) -> int:
+        """How many stacks have been added."""
+        return self._added
+
+    def has_named(self, added: int) -> bool:
+        """Whether the first so many that were added have been named; `take` then has them."""
+        return all(serial >= added for serial in list(self._unnamed))
+
+    def take(self) -> NamedStacks:
+        """All rows that are ready."""
+        rows = NamedStacks()
+        while not self._done.empty():
+            ready = self._done.get()
+            rows.numbers += ready.numbers
+            rows.frames += ready.frames
+            rows.stacks += ready.stacks
+        return rows
+
+    def finish(self, timeout_s: float) -> NamedStacks:
+        """Wait for what is under way, at most so long; returns the last rows.
+
+        The frames of stacks that are not named by then are addresses.
+        """
+        self._todo.put(None)
+        self._thread.join(timeout_s)
+        rows = self.take()
+        named = {key for key, _ in rows.numbers}
+        late = [stack for stack in list(self._unnamed.values()) if stack.key not in named]
+        self._counts["late"] += len(late)
+        for stack in late:
+            number = next(self._next_id) & _LAST_ID if stack.number < 0 else stack.number
+            rows.numbers.append((stack.key, number))
+            kernel, user = _addresses("kernel", stack.kernel), _addresses("user", stack.user)
+            self._add_rows(rows, number, kernel, user, "not looked up")
+        self._unnamed.clear()
+        return rows
+
+    def stats(self) -> dict[str, Any]:
+        """What the look-up refused or could not read, by reason."""
+        counts = {name: self._counts[name] for name in ("late", "copies_dropped")}
+        return self._symbolizer.stats | counts | {"unwinding": self._walker.stats}
+
+    def _run(self) -> None:
+        known: set[int] = set()
+        try:
+            for item in self._items():
+                if isinstance(item, _Epoch):
+                    self._ids.clear()
+                    self._frame_ids.clear()
+                    known.clear()
+                    self._walker.let_go()
+                    self._symbolizer.let_go()
+                elif isinstance(item, int):
+                    if item in known:
+                        self._symbolizer.remember(item)
+                else:
+                    new = {stack.tgid for _, stack in item if stack.has_user} - known
+                    for tgid in new:
+                        self._symbolizer.remember(tgid)
+                    known |= new
+                    self._name(item)
+        finally:
+            self._symbolizer.close()
+
+    def _items(self) -> Iterator[list[_Item] | int | _Epoch]:
+        """What is to be done, stacks in batches of what comes within a moment."""
+        batch: list[_Item] = []
+        end_s = 0.0
+        while True:
+            try:
+                wait_s = max(0.0, end_s - time.monotonic()) if batch else None
+                item = self._todo.get(timeout=wait_s)
+            except queue.Empty:
+                yield batch
+                batch = []
+                continue
+            if isinstance(item, tuple):
+                end_s = end_s if batch else time.monotonic() + _GATHER_S
+                batch.append(item)
+                if len(batch) < _BATCH:
+                    continue
+            if batch:
+                yield batch
+                batch = []
+            if item is None:
+                return
+            if not isinstance(item, tuple):
+                yield item
+
+    def _name(self, batch: list[_Item]) -> None:
+        stacks = [stack for _, stack in batch]
+        rows = NamedStacks()
+        for stack, walked in zip(stacks, self._walker.walk(stacks), strict=True):
+            number = self._numbered(rows, stack, walked)
+            if stack.number < 0:
+                rows.numbers.append((stack.key, number))
+            self._waiting_bytes -= stack.copy_bytes
+        self._done.put(rows)
+        for serial, _ in batch:
+            self._unnamed.pop(serial, None)
+
+    def _numbered(self, rows: NamedStacks, stack: RawStack, walked: Walked | None) -> int:
+        """The number of a stack; its rows are made when it is new."""
+        if walked is None or walked.end != WHOLE:
+            pointers = Walked(stack.user, np.arange(len(stack.user)) == 0, _BY_FRAME_POINTERS)
+            if walked is None or self._is_rooted(self._name_user(stack.tgid, pointers)):
+                walked = pointers
+        kernel, user = stack.kernel, walked.addresses
+        key = (stack.tgid, len(kernel), kernel.tobytes() + user.tobytes(), walked.end)
+        known = self._ids.get(key) if stack.number < 0 else None
+        if known is not None:
+            return known
+        number = next(self._next_id) & _LAST_ID if stack.number < 0 else stack.number
+        if len(self._ids) >= _REMEMBERED:
+            self._ids.clear()
+        self._ids[key] = number
+        kernel_frames = _from_entry(self._symbolizer.kernel(kernel))
+        user_frames = self._name_user(stack.tgid, walked)
+        end = walked.end
+        if not stack.has_user or self._is_rooted(user_frames):
+            end = WHOLE
+        self._add_rows(rows, number, kernel_frames, user_frames, end)
+        return number
+
+    def _name_user(self, tgid: int, walked: Walked) -> list[Frame]:
+        return self._symbolizer.user(tgid, walked.addresses, return_addresses=~walked.exact)
+
+    @staticmethod
+    def _is_rooted(frames: list[Frame]) -> bool:
+        return bool(frames) and frames[-1].symbol in _ROOTS
+
+    def _add_rows(
+        self, rows: NamedStacks, number: int, kernel: list[Frame], user: list[Frame], end: str
+    ) -> None:
+        ids = []
+        for frame in kernel + user:
+            known = self._frame_ids.get(frame)
+            if known is None:
+                known = self._frame_ids[frame] = self._next_frame
+                self._next_frame = (known + 1) & _LAST_ID
+                rows.frames.append((known, frame))
+            ids.append(known)
+        rows.stacks.append((number, ids, end, len(kernel)))
+
+
+def _addresses(space: Space, addresses: npt.NDArray[np.uint64]) -> list[Frame]:
+    """Frames that nobody had the time to name."""
+    return [Frame(None, "[not looked up]", address, space) for address in addresses.tolist()]
+
+
+def _from_entry(frames: list[Frame]) -> list[Frame]:
+    """Kernel frames from the scheduler's entry on, without the tracing above it."""
+    for index, frame in enumerate(frames):
+        if frame.symbol in _KERNEL_ENTRY:
+            return frames[index:]
+    return frames
