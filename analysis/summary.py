@@ -22,10 +22,11 @@ from latrace.analysis.causes import Parts, by_cause, no_parts, parts_of
 from latrace.analysis.culprits import Slices, scan_slices, stack_numbers
 from latrace.analysis.frames import NamedStack, name_stacks
 from latrace.analysis.retransmits import read_retransmits, summarise_retransmits
-from latrace.analysis.rows import Rows, Slow, StackSum, Sum, Survey, scan, survey
+from latrace.analysis.rows import Rows, Slow, Sum, Survey, scan, survey
 from latrace.analysis.schema import SCHEMA_VERSION
 from latrace.analysis.selection import Selection
 from latrace.analysis.sleep_calls import read_sleep_calls
+from latrace.analysis.stack_quality import stack_quality
 
 _KINDS = ("wakeup", "new", "preempted")
 _QUALITY_COUNTS = ("lost_events", "lost_stacks", "open_at_start", "open_at_end")
@@ -400,25 +401,13 @@ def _quality(capture: Capture, rows: Rows, threads: list[dict[str, Any]]) -> dic
         "rows": rows.recorded.count,
         "row_wait_ns": rows.recorded.wait_ns,
         "threads": len(threads),
-        "stacks": _stack_quality(capture, rows.stacks),
+        "stacks": stack_quality(capture, rows.stacks),
         "kernel_run_delay_ns": kernel,
         "traced_run_delay_ns": traced,
         "coverage": traced / kernel if kernel else None,
         "books_blind": {"count": _number(blind, "count"), "ns": _number(blind, "ns")},
         "sleeps": {key: _number(sleeps, key) for key in ("zero_timeout", "never_blocked", "lost")},
     }
-
-
-def _stack_quality(capture: Capture, sampled: Mapping[int, StackSum]) -> dict[str, int]:
-    """Count the samples: with a whole stack, with a part of one, with none."""
-    stacks = capture.table("stacks", columns=["id", "whole"])
-    whole = dict(zip(stacks["id"].to_pylist(), stacks["whole"].to_pylist(), strict=True))
-    result = {"whole": 0, "truncated": 0, "missing": 0}
-    for number, entry in sampled.items():
-        state = whole.get(number, "missing")
-        name = "missing" if state == "missing" else "whole" if state else "truncated"
-        result[name] += entry.samples
-    return result
 
 
 def _overhead(manifest: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from latrace.analysis import attribution_text, retransmits_text
 from latrace.analysis.page import BOLD, LABEL, NUMBER, Page, comm, frames, who
+from latrace.analysis.stack_quality import told
 from latrace.analysis.words import cells, duration, fit, pad, percent, plural, share, size, visible
 
 Summary = Mapping[str, Any]
@@ -384,12 +385,8 @@ def _quality(page: Page, summary: Summary) -> None:
     if edges:
         page.prose(", ".join(edges), label="edges")
     stacks = quality["stacks"]
-    if any(stacks.values()):
-        page.prose(
-            f"{stacks['whole']:,} whole, {stacks['truncated']:,} truncated, "
-            f"{stacks['missing']:,} missing",
-            label="stacks",
-        )
+    if words := told(stacks):
+        page.prose(words, label="stacks")
     page.prose(_cost(overhead, summary["capture"]["duration_s"]), label="own cost")
 
 

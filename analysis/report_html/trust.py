@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from latrace.analysis.report_html import elements
 from latrace.analysis.report_html.wording import NBSP, name, percent, safe, time
+from latrace.analysis.stack_quality import told
 from latrace.analysis.text import books_by_their_clock, render_text
 from latrace.analysis.words import plural, size
 
@@ -42,8 +43,8 @@ def quality(summary: Summary, manifest: Mapping[str, Any]) -> str:
         if quality.get(key)
     ]
     facts.append(("edges", ", ".join(edges)))
-    stacks = quality["stacks"]
-    facts.append(("stacks", ", ".join(f"{count:,} {kind}" for kind, count in stacks.items())))
+    if words := told(quality["stacks"]):
+        facts.append(("stacks", safe(words)))
     steal = manifest.get("steal_ns")
     if isinstance(steal, int) and not isinstance(steal, bool):
         facts.append(("stolen", f"{time(steal)} of all CPUs' time, by the hypervisor"))

@@ -230,7 +230,12 @@ def test_stacks_by_weight_and_by_wholeness(tmp_path: Path) -> None:
         "blocked_weight_ns": np.array([0, 50, 0, 0, 0, 0], np.uint64),
     }
     summary = summary_of(tmp_path / "c", {"waits": waits, "stacks": STACKS, "frames": FRAMES})
-    assert summary["quality"]["stacks"] == {"whole": 3, "truncated": 1, "missing": 2}
+    assert summary["quality"]["stacks"] == {
+        "whole": 3,
+        "truncated": 1,
+        "missing": 2,
+        "by_module": {"/usr/bin/redis-server": {"?": 1}},
+    }
     first, second, *_ = summary["stacks"]["wait"]
     assert (first["weight_ns"], first["whole"]) == (20, False)
     assert first["user"][1:] == ["redis-server+0x1234", "writeToClient", "main"]
