@@ -52,9 +52,9 @@ _latrace() {
     local words=''
     case "$verb" in
         '') words='attach run watch trigger spikes tcp flame report diff doctor demo --version -h --help' ;;
-        attach) words='-p --pid -t --tid --comm --cgroup --children -d --duration -o --output -f --force --min --slow --no-stacks --stack-budget --cpu-samples --without --ring-size --json -v --verbose -q --quiet -h --help' ;;
-        run) words='--children -d --duration -o --output -f --force --min --slow --no-stacks --stack-budget --cpu-samples --without --ring-size --json -v --verbose -q --quiet -h --help' ;;
-        watch) words='-p --pid -t --tid --comm --cgroup --children --p50 --p90 --p95 --p99 --p999 --p99-ratio --floor --max --retransmits --metrics --metric --quantile --above --pprof --window --min-count --before --after --cooldown --memory -o --output --keep --disk --on-spike --once --budget -d --duration --min --slow --no-stacks --stack-budget --cpu-samples --without --ring-size --json -v --verbose -q --quiet -h --help' ;;
+        attach) words='-p --pid -t --tid --comm --cgroup --children -d --duration -o --output -f --force --min --slow --no-stacks --no-user-stack-copy --stack-budget --cpu-samples --without --ring-size --json -v --verbose -q --quiet -h --help' ;;
+        run) words='--children -d --duration -o --output -f --force --min --slow --no-stacks --no-user-stack-copy --stack-budget --cpu-samples --without --ring-size --json -v --verbose -q --quiet -h --help' ;;
+        watch) words='-p --pid -t --tid --comm --cgroup --children --p50 --p90 --p95 --p99 --p999 --p99-ratio --floor --max --retransmits --metrics --metric --quantile --above --pprof --window --min-count --before --after --cooldown --memory -o --output --keep --disk --on-spike --once --budget -d --duration --min --slow --no-stacks --no-user-stack-copy --stack-budget --cpu-samples --without --ring-size --json -v --verbose -q --quiet -h --help' ;;
         trigger) words='--watch -h --help' ;;
         spikes) words='--json -h --help' ;;
         tcp) words='-p --pid -a --all -d --duration -o --output -f --force -i --input --json -v --verbose -q --quiet -h --help' ;;

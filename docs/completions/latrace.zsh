@@ -36,6 +36,7 @@ case $line[1] in
             ''--min'[Record only waits of at least this in detail; 0 records all and never adapts. Without it\: all, until there are too many. Counts and percentiles are exact anyway.]:TIME: ' \
             ''--slow'[A wait of at least this gets its stack.]:TIME: ' \
             ''--no-stacks'[Take no stacks\: cheaper, no flame graph.]' \
+            ''--no-user-stack-copy'[Never read the memory of the targets'\'' stacks\: less of them is seen where code has no frame pointers.]' \
             ''--stack-budget'[Take at most so many stacks per second.]:N: ' \
             ''--cpu-samples'[See what the targets do on the CPU, so many times a second on each; 0\: never.]:HZ: ' \
             ''--without'[Leave out, to be cheaper\: causes (why a wait was long), culprits (who had the CPU then), interrupts (they count as the thread'\''s that they came in), sleeps (sleep calls).]:PART\[,PART\]: ' \
@@ -54,6 +55,7 @@ case $line[1] in
             ''--min'[Record only waits of at least this in detail; 0 records all and never adapts. Without it\: all, until there are too many. Counts and percentiles are exact anyway.]:TIME: ' \
             ''--slow'[A wait of at least this gets its stack.]:TIME: ' \
             ''--no-stacks'[Take no stacks\: cheaper, no flame graph.]' \
+            ''--no-user-stack-copy'[Never read the memory of the targets'\'' stacks\: less of them is seen where code has no frame pointers.]' \
             ''--stack-budget'[Take at most so many stacks per second.]:N: ' \
             ''--cpu-samples'[See what the targets do on the CPU, so many times a second on each; 0\: never.]:HZ: ' \
             ''--without'[Leave out, to be cheaper\: causes (why a wait was long), culprits (who had the CPU then), interrupts (they count as the thread'\''s that they came in), sleeps (sleep calls).]:PART\[,PART\]: ' \
@@ -101,6 +103,7 @@ case $line[1] in
             ''--min'[Record only waits of at least this in detail; 0 records all and never adapts. Without it\: all, until there are too many. Counts and percentiles are exact anyway.]:TIME: ' \
             ''--slow'[A wait of at least this gets its stack.]:TIME: ' \
             ''--no-stacks'[Take no stacks\: cheaper, no flame graph.]' \
+            ''--no-user-stack-copy'[Never read the memory of the targets'\'' stacks\: less of them is seen where code has no frame pointers.]' \
             ''--stack-budget'[Take at most so many stacks per second.]:N: ' \
             ''--cpu-samples'[See what the targets do on the CPU, so many times a second on each; 0\: never.]:HZ: ' \
             ''--without'[Leave out, to be cheaper\: causes (why a wait was long), culprits (who had the CPU then), interrupts (they count as the thread'\''s that they came in), sleeps (sleep calls).]:PART\[,PART\]: ' \
