@@ -408,6 +408,7 @@ class Tracer:
             "lost_threads": counters["lost_threads"],
             "lost_slices": counters["lost_slices"],
             "lost_sleeps": counters["lost_sleeps"],
+            "lost_copies": counters["lost_copies"],
             "lost_sockets": counters["lost_sockets"],
             "lost_stacks": counters["lost_stacks"]
             + counters["missed_stacks"]

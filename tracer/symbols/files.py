@@ -40,7 +40,7 @@ def key_of(status: os.stat_result) -> Key:
     )
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class MappedFile:
     """One file, or one that could not be opened or is none (`[vdso]`, `[heap]`): no `key`.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
+from weakref import WeakKeyDictionary, WeakSet
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +16,7 @@ from latrace.tracer.symbols.client import Worker
 from latrace.tracer.symbols.elf import BytesSource, ElfError
 from latrace.tracer.symbols.files import MappedFile
 from latrace.tracer.symbols.maps import Ranges
-from latrace.tracer.symbols.symbolizer import VDSO_MODULE, read_vdso
+from latrace.tracer.symbols.symbolizer import PROCESS_LIMIT, VDSO_MODULE, read_vdso
 from latrace.tracer.symbols.table import Image
 
 from .cache import TableCache
@@ -68,8 +69,9 @@ class Walker:
         worker = Worker()
         self.symbolizer = Symbolizer(worker=worker, on_parsed=self._add_table)
         self._tables = ModuleTables(worker, cache=TableCache())
-        self._tables_of: dict[MappedFile, UnwindTable | str] = {}
-        self._parsed: set[MappedFile] = set()
+        # A file is parsed once: what was made of it is kept for as long as the file is known.
+        self._tables_of: WeakKeyDictionary[MappedFile, UnwindTable | str] = WeakKeyDictionary()
+        self._parsed: WeakSet[MappedFile] = WeakSet()
         self._places = Places()
         self._modules: dict[MappedFile, int] = {}
         self._spaces: dict[int, tuple[Ranges, set[MappedFile], int]] = {}
@@ -85,11 +87,11 @@ class Walker:
         return {"ends": dict(self._ends), "copy_pages": self.copy_pages}
 
     def let_go(self) -> None:
-        """Forget all memory maps and modules."""
+        """Forget all memory maps; before the symbolizer forgets the files that were not used."""
+        for file in self._modules:
+            file.used = True
         self._places = Places()
         self._modules.clear()
-        self._tables_of.clear()
-        self._parsed.clear()
         self._spaces.clear()
 
     def walk(self, stacks: Sequence[RawStack]) -> list[Walked | None]:
@@ -198,11 +200,14 @@ class Walker:
         if mapped is None:
             return -1
         ranges, files = mapped
-        known = self._spaces.get(tgid)
+        known = self._spaces.pop(tgid, None)
+        if known is not None and known[0] is ranges:
+            self._spaces[tgid] = known  # the last one to be dropped
+            return known[2]
         if known is not None:
-            if known[0] is ranges:
-                return known[2]
             self._places.drop_space(known[2])
+        while len(self._spaces) >= PROCESS_LIMIT:
+            self._places.drop_space(self._spaces.pop(next(iter(self._spaces)))[2])
         numbers = ranges.files.tolist()
         modules = [self._module(files[number]) for number in numbers]
         biases = ranges.starts.copy()
@@ -211,9 +216,12 @@ class Walker:
             if image is not None:
                 vaddr, _ = image.vaddrs(ranges.offsets[at : at + 1])
                 biases[at] -= vaddr[0]
-        space = self._places.add_space(
-            ranges.starts, ranges.ends, biases, np.array(modules, np.int64)
-        )
+        try:
+            space = self._places.add_space(
+                ranges.starts, ranges.ends, biases, np.array(modules, np.int64)
+            )
+        except ValueError:  # the maps changed while they were read
+            return -1
         self._spaces[tgid] = ranges, {files[number] for number in numbers}, space
         return space
 

@@ -1,0 +1,75 @@
+"""From copies of stacks to addresses: files are parsed when a stack leads there, once."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from latrace.tracer.stacks import RawStack
+from latrace.tracer.target_stack import copy_stack
+from latrace.tracer.unwinding.walker import WHOLE, Walker
+
+PTRACE_GETREGS, PTRACE_DETACH, PTRACE_SEIZE, PTRACE_INTERRUPT = 12, 17, 0x4206, 0x4207
+WORDS_OF_USER = 27  # struct user_regs_struct; its first 21 are struct pt_regs
+
+pytestmark = pytest.mark.skipif(os.uname().machine != "x86_64", reason="walks are of x86-64")
+
+
+def stopped(pid: int) -> RawStack:
+    """The stack of a process of ours, as a probe would send it."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.ptrace.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p]
+    assert libc.ptrace(PTRACE_SEIZE, pid, None, None) == 0
+    assert libc.ptrace(PTRACE_INTERRUPT, pid, None, None) == 0
+    os.waitpid(pid, 0)
+    regs = np.zeros(WORDS_OF_USER, np.uint64)
+    assert libc.ptrace(PTRACE_GETREGS, pid, None, regs.ctypes.data) == 0
+    copy = copy_stack(pid, regs[:21])
+    assert libc.ptrace(PTRACE_DETACH, pid, None, None) == 0
+    assert copy is not None
+    nothing = np.zeros(0, np.uint64)
+    return RawStack(1, pid, nothing, nothing, has_user=True, copy=copy)
+
+
+def test_a_walk_is_whole_and_is_so_again_when_all_was_let_go() -> None:
+    command = [sys.executable, "-Sc", "print(flush=True); import time; time.sleep(1000)"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        try:
+            assert process.stdout
+            process.stdout.readline()
+            stack = stopped(process.pid)
+            walker = Walker()
+            parsed = []
+            for _ in range(3):
+                (walked,) = walker.walk([stack])
+                assert walked is not None and walked.end == WHOLE, walked
+                assert len(walked.addresses) > 5 and walked.exact[0]
+                parsed.append(walker.symbolizer.stats["files"]["parsed"])
+                walker.let_go()
+                walker.symbolizer.let_go()
+            assert parsed == [parsed[0]] * 3 and 1 <= parsed[0] <= 3
+            assert walker.stats["ends"] == {WHOLE: 3}
+        finally:
+            process.kill()
+            walker.symbolizer.close()
+
+
+def test_of_a_process_that_is_not_there_nothing_is_known() -> None:
+    pid = os.fork()
+    if not pid:
+        signal.pause()
+    stack = stopped(pid)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    assert not Path(f"/proc/{pid}").exists()
+    walker = Walker()
+    assert walker.walk([stack]) == [None]
+    assert walker.walk([]) == []
+    walker.symbolizer.close()
