@@ -56,6 +56,8 @@ def test_a_walk_is_whole_and_is_so_again_when_all_was_let_go() -> None:
                 walker.symbolizer.let_go()
             assert parsed == [parsed[0]] * 3 and 1 <= parsed[0] <= 3
             assert walker.stats["ends"] == {WHOLE: 3}
+            modules = walker.stats["modules"]
+            assert len(modules) > 0 and set(modules.values()) == {"call frame information"}
         finally:
             process.kill()
             walker.symbolizer.close()

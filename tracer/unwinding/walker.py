@@ -17,7 +17,6 @@ from latrace.tracer.symbols.elf import BytesSource, ElfError
 from latrace.tracer.symbols.files import MappedFile
 from latrace.tracer.symbols.maps import Ranges
 from latrace.tracer.symbols.symbolizer import PROCESS_LIMIT, VDSO_MODULE, read_vdso
-from latrace.tracer.symbols.table import Image
 
 from .cache import TableCache
 from .modules import ModuleTables
@@ -42,6 +41,7 @@ _WORDS: Final = {
 }
 _CURABLE: Final = (_WORDS[End.NO_TABLE], _WORDS[End.UNMAPPED])
 _ROUNDS: Final = 32
+_NAMED_MODULES: Final = 200
 # Words of struct pt_regs (arch/x86/include/asm/ptrace.h) in DWARF's order of registers.
 _DWARF_ORDER: Final = np.array([10, 12, 11, 5, 13, 14, 4, 19, 9, 8, 7, 6, 3, 2, 1, 0, 16])
 _RSP: Final = 7
@@ -76,6 +76,7 @@ class Walker:
         self._modules: dict[MappedFile, int] = {}
         self._spaces: dict[int, tuple[Ranges, set[MappedFile], int]] = {}
         self._ends: Counter[str] = Counter()
+        self._how: dict[str, str] = {}
         self._judged = self._short = 0
         self._calm = _CALM
         self.copy_pages = COPY_PAGES
@@ -83,8 +84,12 @@ class Walker:
 
     @property
     def stats(self) -> dict[str, Any]:
-        """How walks ended, since the start."""
-        return {"ends": dict(self._ends), "copy_pages": self.copy_pages}
+        """How walks ended, since the start, and what each module is walked by."""
+        return {
+            "ends": dict(self._ends),
+            "modules": dict(self._how),
+            "copy_pages": self.copy_pages,
+        }
 
     def let_go(self) -> None:
         """Forget all memory maps; before the symbolizer forgets the files that were not used."""
@@ -229,9 +234,7 @@ class Walker:
         known = self._modules.get(file)
         if known is None:
             table = self._tables_of.get(file)
-            by_pointers = file.anonymous or (
-                file.image is not None and _keeps_frame_pointers(file.image)
-            )
+            by_pointers = file.anonymous or _keeps_frame_pointers(file)
             known = self._modules[file] = self._places.add_module(
                 table if isinstance(table, UnwindTable) else None,
                 otherwise=Otherwise.FRAME_POINTERS if by_pointers else Otherwise.NOTHING,
@@ -245,6 +248,10 @@ class Walker:
     def _add(self, file: MappedFile, table: UnwindTable | str) -> None:
         """Take the table of a file; whoever has it mapped gets it anew."""
         self._tables_of[file] = table
+        if len(self._how) < _NAMED_MODULES:
+            how = ["call frame information"] if isinstance(table, UnwindTable) else []
+            how += ["frame pointers"] if _keeps_frame_pointers(file) else []
+            self._how[file.module] = ", ".join(how) or str(table)
         self._modules.pop(file, None)
         for tgid in [tgid for tgid, (_, files, _) in self._spaces.items() if file in files]:
             self._places.drop_space(self._spaces.pop(tgid)[2])
@@ -257,5 +264,6 @@ def _table_of_vdso() -> UnwindTable | str:
         return str(error)
 
 
-def _keeps_frame_pointers(image: Image) -> bool:
-    return any(name in image.symbols.names for name in _KEEPS_FRAME_POINTERS)
+def _keeps_frame_pointers(file: MappedFile) -> bool:
+    names = b"" if file.image is None else file.image.symbols.names
+    return any(name in names for name in _KEEPS_FRAME_POINTERS)
