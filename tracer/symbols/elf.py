@@ -16,6 +16,7 @@ from typing import Any, Final, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from latrace.tracer.symbols import gopclntab
 from latrace.tracer.symbols.frames import NAME_LIMIT
 from latrace.tracer.symbols.table import (
     SEGMENT_COLUMNS,
@@ -416,6 +417,21 @@ def _minidebug(source: Source, headers: Headers) -> SymbolTable:
     return _table(nested.sections, [(_functions(*symtab), symtab[1])])
 
 
+def _go_functions(source: Source, headers: Headers) -> SymbolTable:
+    """Functions of a Go program, stripped or not."""
+    for name in gopclntab.SECTIONS:
+        section = headers.named(name)
+        if section is not None:
+            text = headers.named(b".text")
+            start = 0 if text is None else int(text["addr"])
+            data = _section_bytes(source, section, gopclntab.MAX_BYTES)
+            try:
+                return gopclntab.read_functions(data, headers.layout.order, start)
+            except gopclntab.PclntabError as error:
+                raise ElfError(str(error)) from error
+    return empty_table()
+
+
 def _segments(headers: Headers) -> U64:
     loads = headers.segments[headers.segments["type"] == _PT_LOAD]
     columns = [loads[name].astype(np.uint64) for name in ("offset", "filesz", "vaddr", "flags")]
@@ -442,6 +458,7 @@ def read_image(source: Source) -> Image:
         link = _debuglink(source, headers)
         if symtab is None:
             symbols = merge(symbols, _minidebug(source, headers))
+            symbols = merge(symbols, _go_functions(source, headers))
         if dynsym is not None and headers.layout.machine == EM_X86_64:
             symbols = merge(symbols, _plt(source, headers, dynsym))
     except ElfError:
