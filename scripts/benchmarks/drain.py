@@ -123,7 +123,10 @@ def drain_capture(program: Program, ended: Callable[[], bool]) -> int:
         waits = np.concatenate(pending)
         pending.clear()
         # As the session does before it writes. None of these rows has a stack.
-        ready = stacks.arrived(waits["stack_key"]) & stacks.arrived(waits["waker_key"])
+        ready = np.ones(len(waits), np.bool_)
+        for key in ("stack_key", "waker_key"):
+            absent, unnamed = stacks.waits_for(waits[key])
+            ready &= ~(absent | unnamed)
         waits = waits if ready.all() else waits[ready]
         writer.append(
             "waits",
