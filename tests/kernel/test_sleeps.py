@@ -30,9 +30,10 @@ pytestmark = pytest.mark.kernel
 PARTS = ("entry_ns", "timer_ns", "run_queue_ns", "return_ns")
 AGREE_NS, AGREE_SHARE = 5_000, 0.01
 # On a quiet host 99 to 100 % of calls. Where others had the CPU for long, the caches are cold: the
-# way from the door to user mode to the clock as the program reads it takes up to 6 us then, and
-# 96.8 to 99.5 % of calls are within 5 us under a quota.
-OF_CALLS, OF_CALLS_UNDER_A_QUOTA = 0.97, 0.95
+# way from the door to user mode to the clock as the program reads it takes up to 8 us then, and 90 to
+# 98 % of calls are within 5 us under a quota.
+OF_CALLS = 0.97
+AGREE_UNDER_A_QUOTA_NS, OF_CALLS_UNDER_A_QUOTA = 8_000, 0.95
 SOON_NS = 50_000  # a row ends no later after its call than this, whatever we missed of it
 
 
@@ -168,7 +169,7 @@ def check_run_queue(slept: Slept) -> None:
     assert (summed != found)[overshot].sum() <= 2 * unseen
 
 
-def agreement(slept: Slept) -> tuple[float, dict[str, list[float]]]:
+def agreement(slept: Slept, agree_ns: int = AGREE_NS) -> tuple[float, dict[str, list[float]]]:
     """The share of calls on which we agree, and by how much we are off (us) for each name."""
     agree, off = [], {}
     for said, row in slept.calls:
@@ -176,12 +177,12 @@ def agreement(slept: Slept) -> tuple[float, dict[str, list[float]]]:
             agree.append(False)
             continue
         error = row["overshoot_ns"] - said.overshoot_ns
-        agree.append(abs(error) <= max(AGREE_NS, AGREE_SHARE * said.overshoot_ns))
+        agree.append(abs(error) <= max(agree_ns, AGREE_SHARE * said.overshoot_ns))
         off.setdefault(said.name, []).append(error / 1e3)
     return sum(agree) / len(agree), off
 
 
-def check(slept: Slept, *, of_calls: float = OF_CALLS) -> None:
+def check(slept: Slept, *, of_calls: float = OF_CALLS, agree_ns: int = AGREE_NS) -> None:
     check_invariants(slept)
     check_run_queue(slept)
     for said, row in slept.calls:
@@ -211,7 +212,7 @@ def check(slept: Slept, *, of_calls: float = OF_CALLS) -> None:
             assert abs(row["deadline_ns"] - said.deadline_ns) <= (2_000 if realtime else 0)
         if row["ret"] is not None:
             assert row["ret"] == _kernels_result(said)
-    share, off = agreement(slept)
+    share, off = agreement(slept, agree_ns)
     calls = len(slept.calls)
     lost = slept.capture.manifest["sleeps"]["lost"]
     allowed = math.ceil((1 - of_calls) * calls) + unseen(slept) + lost
@@ -280,7 +281,7 @@ def test_under_a_quota(sleeps: Path, tmp_path: Path) -> None:
         group = groups.make("quota")
         group.limit(10_000)
         slept = sleep([sleeps, "8", "pq"], tmp_path / "c", started=group.add)
-    check(slept, of_calls=OF_CALLS_UNDER_A_QUOTA)
+    check(slept, of_calls=OF_CALLS_UNDER_A_QUOTA, agree_ns=AGREE_UNDER_A_QUOTA_NS)
     worst = max((row["overshoot_ns"], row) for _, row in slept.calls if row)[1]
     assert worst["overshoot_ns"] > 20_000_000
     assert worst["run_queue_ns"] > 0.95 * worst["overshoot_ns"]
