@@ -12,21 +12,26 @@ from collections.abc import Callable
 from pathlib import PurePath
 from typing import Final
 
-from latrace.flamegraphs.build import KINDS, CaptureTables, Kind, build_profile
+from latrace.flamegraphs.build import KINDS, CaptureTables, Kind, Level, build_profile
 from latrace.flamegraphs.diff import to_diff_svg
 from latrace.flamegraphs.folded import to_folded
 from latrace.flamegraphs.profile import Frame, FrameKind, Profile
+from latrace.flamegraphs.shape import BadPatternError, Shape, SlowPatternError
 from latrace.flamegraphs.speedscope import to_speedscope
 from latrace.flamegraphs.svg import to_svg
 
 __all__ = [
     "FORMATS",
     "KINDS",
+    "BadPatternError",
     "CaptureTables",
     "Frame",
     "FrameKind",
     "Kind",
+    "Level",
     "Profile",
+    "Shape",
+    "SlowPatternError",
     "build_profile",
     "format_of",
     "render",

@@ -30,7 +30,14 @@ NOT_SAMPLED = Frame("[not sampled]", "marker")
 NOT_ITEMISED = Frame("[not itemised]", "state")
 """At the root: exact time of which no row tells whose it was."""
 
-_AFTER_ALL = Frame("\U0010ffff", "marker")
+NOT_MATCHED = Frame("[not matched]", "marker")
+"""At the root: the time of the stacks that were not asked for."""
+
+# What is not known or not asked for is drawn after all else, in this order.
+_LAST = {
+    frame: Frame(f"\U0010ffff{place}", "marker")
+    for place, frame in enumerate((NOT_MATCHED, NOT_ITEMISED, NOT_SAMPLED))
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,6 +102,6 @@ def merged(
 
 
 def _place(stack: tuple[Frame, ...]) -> tuple[Frame, ...]:
-    if stack[:1] == (NOT_ITEMISED,):
-        return (_AFTER_ALL, *stack[1:])
-    return (*stack[:-1], _AFTER_ALL) if stack[-1:] == (NOT_SAMPLED,) else stack
+    if stack and stack[0] in _LAST:
+        return (_LAST[stack[0]], *stack[1:])
+    return (*stack[:-1], _LAST[NOT_SAMPLED]) if stack[-1:] == (NOT_SAMPLED,) else stack
