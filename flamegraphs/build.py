@@ -206,6 +206,11 @@ def build_profile(
             *shape.facts(),
         ],
         warnings=warnings,
+        exact=ordered,
+        kind=kind,
+        started_ns=capture.manifest.get("started_realtime_ns") or 0,
+        duration_ns=_duration_ns(capture.manifest),
+        period_ns=_period_ns(capture.manifest, kind),
     )
 
 
@@ -549,6 +554,17 @@ def _targets(manifest: Mapping[str, Any], *, shown: int = 3) -> str:
     return ", ".join(named[:shown] + more)
 
 
+def _duration_ns(manifest: Mapping[str, Any]) -> int:
+    start_ns, end_ns = manifest.get("start_ns"), manifest.get("end_ns")
+    return 0 if start_ns is None or end_ns is None else max(0, end_ns - start_ns)
+
+
+def _period_ns(manifest: Mapping[str, Any], kind: Kind) -> int:
+    """What a sample stands for; waiting and blocked time are measured, to the nanosecond."""
+    hz = (manifest.get("options") or {}).get("cpu_samples_hz")
+    return 10**9 // hz if kind == "wall" and hz else 1
+
+
 def _facts(
     manifest: Mapping[str, Any], kind: Kind, totals: Mapping[str, int], *, sampled: str
 ) -> list[tuple[str, str]]:
@@ -563,8 +579,7 @@ def _facts(
         at = datetime.fromtimestamp(manifest["started_realtime_ns"] // 10**9, tz=UTC)
         facts.append(("recorded", f"{at:%Y-%m-%d %H:%M:%S} UTC"))
     if manifest.get("start_ns") is not None and manifest.get("end_ns") is not None:
-        duration_us = max(0, manifest["end_ns"] - manifest["start_ns"]) // 1000
-        facts.append(("for", human_us(duration_us)))
+        facts.append(("for", human_us(_duration_ns(manifest) // 1000)))
     facts.append(("waits", f"{totals['waits']:,} for {human_us(totals['wait_ns'] // 1000)}"))
     if kind == "culprit":
         nobody_ns = sum(totals[cause] for cause in CAUSES if cause not in CULPRITS)

@@ -45,7 +45,9 @@ class Profile:
     """Stacks, root first, each with its time in whole microseconds.
 
     `facts` are (key, value) pairs about the capture for people to read; `warnings` are sentences
-    that must not be overlooked (loss, degradation).
+    that must not be overlooked (loss, degradation). `exact` are the stacks before rounding, in
+    nanoseconds, where they are known. `kind` is what the time is of; `started_ns` is of the wall
+    clock, `period_ns` what a sample stands for. 0: not known.
     """
 
     title: str
@@ -54,6 +56,21 @@ class Profile:
     subtitle: str = ""
     facts: Sequence[tuple[str, str]] = ()
     warnings: Sequence[str] = ()
+    exact: Sequence[tuple[tuple[Frame, ...], int]] = ()
+    kind: str = ""
+    started_ns: int = 0
+    duration_ns: int = 0
+    period_ns: int = 0
+
+    @property
+    def stacks_ns(self) -> Sequence[tuple[tuple[Frame, ...], int]]:
+        """The stacks with their time in nanoseconds."""
+        return self.exact or [(stack, weight * 1000) for stack, weight in self.stacks]
+
+    @property
+    def total_ns(self) -> int:
+        """The width of the root in nanoseconds."""
+        return sum(weight for _, weight in self.stacks_ns)
 
     @property
     def total_us(self) -> int:

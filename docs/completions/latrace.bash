@@ -12,7 +12,7 @@ _latrace() {
     done
     case "$verb:$before" in
         flame:--format)
-            mapfile -t COMPREPLY < <(compgen -W "svg folded speedscope" -- "$word")
+            mapfile -t COMPREPLY < <(compgen -W "svg folded speedscope pprof" -- "$word")
             return
             ;;
         flame:--kind | diff:--kind)

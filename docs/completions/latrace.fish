@@ -105,7 +105,7 @@ complete -c latrace -n '__fish_seen_subcommand_from tcp' -s h -l help -d 'Show t
 complete -c latrace -n __fish_use_subcommand -a flame -d 'Draw where the threads waited, and for whom, as a flame graph'
 complete -c latrace -n '__fish_seen_subcommand_from flame' -s i -l input -x -a '(__fish_complete_directories)' -d 'The capture to read.'
 complete -c latrace -n '__fish_seen_subcommand_from flame' -l kind -x -a 'wait offcpu culprit waker wall' -d 'What the widths are; see above.'
-complete -c latrace -n '__fish_seen_subcommand_from flame' -l format -x -a 'svg folded speedscope' -d 'The format, whatever OUT is called.'
+complete -c latrace -n '__fish_seen_subcommand_from flame' -l format -x -a 'svg folded speedscope pprof' -d 'The format, whatever OUT is called.'
 complete -c latrace -n '__fish_seen_subcommand_from flame' -l only -x -d 'Only stacks with a frame whose name this finds (a regular expression of Python); the others\' time is one frame, [not matched]. May be repeated: one must match.'
 complete -c latrace -n '__fish_seen_subcommand_from flame' -l hide -x -d 'Leave out frames whose name this finds; their time goes to their callers. May be repeated.'
 complete -c latrace -n '__fish_seen_subcommand_from flame' -l collapse -d 'Fold recursion: f f f is f, f g f g is f g. And take away what every program of a runtime has: the start-up of libc and its threads, the entry and scheduler functions of Go, the entries of V8 and libuv (Node.js), the evaluation loop of CPython. Never a program\'s innermost function.'

@@ -142,7 +142,7 @@ case $line[1] in
         _arguments -s \
             '(-i --input)'{-i,--input}'[The capture to read.]:DIR:_files -/' \
             ''--kind'[What the widths are; see above.]:wait|offcpu|culprit|waker|wall:(wait offcpu culprit waker wall)' \
-            ''--format'[The format, whatever OUT is called.]:svg|folded|speedscope:(svg folded speedscope)' \
+            ''--format'[The format, whatever OUT is called.]:svg|folded|speedscope|pprof:(svg folded speedscope pprof)' \
             ''--only'[Only stacks with a frame whose name this finds (a regular expression of Python); the others'\'' time is one frame, \[not matched\]. May be repeated\: one must match.]:REGEX: ' \
             ''--hide'[Leave out frames whose name this finds; their time goes to their callers. May be repeated.]:REGEX: ' \
             ''--collapse'[Fold recursion\: f f f is f, f g f g is f g. And take away what every program of a runtime has\: the start-up of libc and its threads, the entry and scheduler functions of Go, the entries of V8 and libuv (Node.js), the evaluation loop of CPython. Never a program'\''s innermost function.]' \

@@ -1,4 +1,4 @@
-"""`latrace flame`: a capture as a flame graph, a folded file or a speedscope profile."""
+"""`latrace flame`: a capture as a flame graph, folded stacks, a speedscope or pprof profile."""
 
 from __future__ import annotations
 
@@ -36,19 +36,22 @@ class Format(StrEnum):
     svg = "svg"
     folded = "folded"
     speedscope = "speedscope"
+    pprof = "pprof"
 
 
-_EXTENSIONS = {
+EXTENSIONS = {
     Format.svg: ".svg",
     Format.folded: ".folded",
     Format.speedscope: ".speedscope.json",
+    Format.pprof: ".pb.gz",
 }
 
 Out = Annotated[
     str,
     typer.Argument(
         metavar="OUT",
-        help="The file to write; .svg, .folded or .speedscope.json chooses the format."
+        help="The file to write; .svg, .folded, .speedscope.json or .pb.gz (pprof) chooses"
+        " the format."
         " - is stdout (folded unless --format says otherwise).",
         show_default=False,
     ),
@@ -133,12 +136,13 @@ def flame(
     --kind wall     the same, and what the threads did on the CPU beside it
     --kind waker    who ended the blocked time, below the thread that was blocked
 
-    Widths are time in microseconds; what was not sampled stands beside. No
-    option changes the whole.
+    Widths are time in microseconds (pprof: nanoseconds); what was not sampled
+    stands beside. No option changes the whole.
 
     \b
     latrace flame wait.svg
     latrace flame --kind culprit who.svg
+    latrace flame wait.pb.gz && go tool pprof -top wait.pb.gz
     latrace flame --kind offcpu - | flamegraph.pl --countname=us > out.svg
     latrace flame --only 'read|write' --hide '^std::' --reverse io.svg
     """
@@ -165,7 +169,7 @@ def flame(
             visible(str(error)),
             hint="it may repeat what is repeated already, as (a+)+ does: say it in a simpler way",
         ) from error
-    data = render(profile, _EXTENSIONS[chosen])
+    data = render(profile, EXTENSIONS[chosen])
     if out == "-":
         write_out(data)
         return
@@ -177,6 +181,8 @@ def flame(
         status.say("Next: open it in a browser; click zooms, Ctrl-F searches")
     elif chosen is Format.speedscope:
         status.say("Next: open it on https://www.speedscope.app (it stays in your browser)")
+    elif chosen is Format.pprof:
+        status.say(f"Next: go tool pprof -top {shlex.quote(str(path))}")
 
 
 def _shape(*, only: list[str], hide: list[str], collapse: bool, reverse: bool) -> Shape:
@@ -198,10 +204,10 @@ def _shape(*, only: list[str], hide: list[str], collapse: bool, reverse: bool) -
 def _format_of(out: str) -> Format:
     if out == "-":
         return Format.folded
-    for fmt, extension in _EXTENSIONS.items():
+    for fmt, extension in EXTENSIONS.items():
         if out.lower().endswith(extension):
             return fmt
     raise UsageError(
         f"the name {out} does not tell the format",
-        hint="end it in .svg, .folded or .speedscope.json, or give --format",
+        hint="end it in .svg, .folded, .speedscope.json or .pb.gz, or give --format",
     )
