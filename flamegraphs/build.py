@@ -203,6 +203,7 @@ def build_profile(
         stacks=[(stack, us) for (stack, _), us in zip(ordered, rounded, strict=True) if us],
         facts=[
             *_facts(capture.manifest, kind, totals, sampled=human_share(covered_ns, total_ns)),
+            *([("causes", "of each thread as sampled")] if _by_thread(kind, level) else []),
             *shape.facts(),
         ],
         warnings=warnings,
@@ -552,6 +553,11 @@ def _targets(manifest: Mapping[str, Any], *, shown: int = 3) -> str:
     named = [f"{target.get('comm', '?')} ({target.get('tgid', '?')})" for target in targets]
     more = [f"{len(named) - shown} more"] if len(named) > shown else []
     return ", ".join(named[:shown] + more)
+
+
+def _by_thread(kind: Kind, level: Level) -> bool:
+    """Whether what the subtitle calls exact is split by what was sampled."""
+    return level == "thread" and kind not in ("culprit", "waker")
 
 
 def _duration_ns(manifest: Mapping[str, Any]) -> int:

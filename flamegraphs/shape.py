@@ -176,7 +176,7 @@ def _time_limit(seconds: float, pattern: str) -> Iterator[None]:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.signal(signal.SIGALRM, signal.SIG_DFL if before is None else before)
 
 
 def _picked(stacks: Mapping[_Stack, int], matching: set[Frame]) -> dict[_Stack, int]:

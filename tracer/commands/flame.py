@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -152,6 +153,10 @@ def flame(
         raise UsageError(
             "--per-thread and --merge-threads exclude each other",
             hint="give one of them, or neither for a level of processes",
+        )
+    if chosen is Format.pprof and out == "-" and sys.stdout.isatty():
+        raise UsageError(
+            "a pprof profile is not for a terminal", hint="name a file, or lead it to a program"
         )
     from latrace.analysis.capture import open_capture  # noqa: PLC0415
     from latrace.flamegraphs import SlowPatternError, build_profile, render  # noqa: PLC0415
