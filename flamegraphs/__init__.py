@@ -12,26 +12,33 @@ from collections.abc import Callable
 from pathlib import PurePath
 from typing import Final
 
-from latrace.flamegraphs.build import KINDS, CaptureTables, Kind, build_profile
+from latrace.flamegraphs.build import KINDS, CaptureTables, Kind, Level, build_profile
 from latrace.flamegraphs.diff import to_diff_svg
 from latrace.flamegraphs.folded import to_folded
+from latrace.flamegraphs.pprof import to_pprof
 from latrace.flamegraphs.profile import Frame, FrameKind, Profile
+from latrace.flamegraphs.shape import BadPatternError, Shape, SlowPatternError
 from latrace.flamegraphs.speedscope import to_speedscope
 from latrace.flamegraphs.svg import to_svg
 
 __all__ = [
     "FORMATS",
     "KINDS",
+    "BadPatternError",
     "CaptureTables",
     "Frame",
     "FrameKind",
     "Kind",
+    "Level",
     "Profile",
+    "Shape",
+    "SlowPatternError",
     "build_profile",
     "format_of",
     "render",
     "to_diff_svg",
     "to_folded",
+    "to_pprof",
     "to_speedscope",
     "to_svg",
 ]
@@ -46,6 +53,7 @@ FORMATS: Final[dict[str, Callable[[Profile], bytes]]] = {
     ".svg": _utf8(to_svg),
     ".folded": _utf8(to_folded),
     ".speedscope.json": _utf8(to_speedscope),
+    ".pb.gz": to_pprof,
 }
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import posixpath
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Final, Literal, Protocol, TypeAlias, get_args
@@ -27,10 +27,14 @@ from latrace.flamegraphs.profile import (
     share_out,
     whole_microseconds,
 )
+from latrace.flamegraphs.shape import Shape
 from latrace.flamegraphs.text import human_share, human_us
 
 Kind: TypeAlias = Literal["wait", "offcpu", "culprit", "waker", "wall"]
 KINDS: Final[tuple[Kind, ...]] = get_args(Kind)
+
+Level: TypeAlias = Literal["process", "thread", "none"]
+"""Whose frame stands before a thread's stacks: its process', by name, its own, or nobody's."""
 
 CULPRITS: Final = ("irq", "softirq", "kthread", "own", "other")
 """The causes in which somebody ran."""
@@ -73,7 +77,7 @@ _SUBTITLES: Final[dict[Kind, str]] = {
 
 _CAUSE_NS: Final = tuple(f"{cause}_ns" for cause in CAUSES)
 
-_WHERE: Final = ("tgid", "stack")
+AS_RECORDED: Final = Shape()
 
 _Stack: TypeAlias = tuple[Frame, ...]
 
@@ -133,7 +137,14 @@ class _Part:
             yield (*self.root, NOT_SAMPLED), self.total_ns - self.sampled_ns
 
 
-def build_profile(capture: CaptureTables, *, kind: Kind, pids: bool = True) -> Profile:
+def build_profile(
+    capture: CaptureTables,
+    *,
+    kind: Kind,
+    pids: bool = True,
+    level: Level = "process",
+    shape: Shape = AS_RECORDED,
+) -> Profile:
     """Return the capture's time by stack.
 
     wait: `[waiting: cause]` → process → user frames → `-` → kernel frames, by the time then spent
@@ -153,12 +164,18 @@ def build_profile(capture: CaptureTables, *, kind: Kind, pids: bool = True) -> P
     root is the exact total of the in-kernel counters; what was not sampled stands under
     `[not sampled]`. Should the samples exceed the counters (a capture that was cut off), their
     sum is the root, and a warning says so. Without `pids` culprits of one name are one, as two
-    captures need it that are compared. Raises ValueError for an unknown kind.
+    captures need it that are compared.
+
+    By `level` "thread" a thread's frame, `comm/tid`, comes before all else of its stacks (a
+    culprit's is the culprit's); what was not sampled is nobody's. By "none" there is no frame of a
+    process, and culprits of one name are one. `shape` then changes the stacks; the root stays.
+
+    Raises ValueError for an unknown kind, SlowPatternError for a pattern that never ends.
     """
     if kind not in KINDS:
         raise ValueError(f"no flame graph kind {kind!r}: it is one of {', '.join(KINDS)}")
     totals = _totals(capture)
-    parts = _parts(capture, kind, totals, pids=pids)
+    parts = _parts(capture, kind, totals, level=level, pids=pids and level != "none")
     warnings = _warnings(capture)
     counted = [part for part in parts if part.exact_ns is not None]
     counted_ns = sum(part.total_ns for part in counted)
@@ -174,17 +191,27 @@ def build_profile(capture: CaptureTables, *, kind: Kind, pids: bool = True) -> P
     sums: dict[_Stack, int] = {}
     for part in parts:
         for stack, weight_ns in part.weights():
-            sums[stack] = sums.get(stack, 0) + weight_ns
+            whose = _thread_first(stack)
+            sums[whose] = sums.get(whose, 0) + weight_ns
     total_ns = sum(sums.values())
     covered_ns = sum(min(part.sampled_ns, part.total_ns) for part in parts)
-    ordered = sorted(sums.items())
+    ordered = sorted(shape.of(sums, outermost_last=kind == "waker").items())
     rounded = whole_microseconds([weight for _, weight in ordered], total_ns)
     return Profile(
         title=" · ".join(filter(None, (_TITLES[kind], _targets(capture.manifest)))),
         subtitle=_SUBTITLES[kind],
         stacks=[(stack, us) for (stack, _), us in zip(ordered, rounded, strict=True) if us],
-        facts=_facts(capture.manifest, kind, totals, sampled=human_share(covered_ns, total_ns)),
+        facts=[
+            *_facts(capture.manifest, kind, totals, sampled=human_share(covered_ns, total_ns)),
+            *([("causes", "of each thread as sampled")] if _by_thread(kind, level) else []),
+            *shape.facts(),
+        ],
         warnings=warnings,
+        exact=ordered,
+        kind=kind,
+        started_ns=capture.manifest.get("started_realtime_ns") or 0,
+        duration_ns=_duration_ns(capture.manifest),
+        period_ns=_period_ns(capture.manifest, kind),
     )
 
 
@@ -192,33 +219,31 @@ def build_profile(capture: CaptureTables, *, kind: Kind, pids: bool = True) -> P
 
 
 def _parts(
-    capture: CaptureTables, kind: Kind, totals: Mapping[str, int], *, pids: bool
+    capture: CaptureTables, kind: Kind, totals: Mapping[str, int], *, level: Level, pids: bool
 ) -> list[_Part]:
     known = _Stacks(capture)
     if kind == "culprit":
-        return _culprits(capture, known, totals, pids=pids)
-    comms = _process_names(capture.table("threads", columns=("tid", "tgid", "comm")))
-
-    def process(tgid: int) -> Frame:
-        return Frame(comms.get(tgid) or f"[pid {tgid}]", "process")
-
+        return _culprits(capture, known, totals, pids=pids, tids=level == "thread")
+    whose = _Whose(capture, level)
     if kind == "waker":
         part = _Part((), totals["blocked_ns"])
-        groups = _grouped(capture, "waits", ("tgid", "waker_stack", "waker", "waker_ctx"))
+        groups = _grouped(capture, "waits", (whose.by, "waker_stack", "waker", "waker_ctx"))
         known.load(group[1] for *group, _ in groups)
-        for tgid, stack, waker, context, weight in groups:
-            part.add((process(tgid), TO_WAKER, *known.waker(stack, waker, context)), weight)
+        for owner, stack, waker, context, weight in groups:
+            victim = whose.frames(owner)
+            apart = (TO_WAKER,) if victim else ()
+            part.add((*victim, *apart, *known.waker(stack, waker, context)), weight)
         return [part]
 
-    parts = _waiting(capture, known, process, totals, apart=kind != "wait")
+    parts = _waiting(capture, known, whose, totals, apart=kind != "wait")
     if kind != "wait":
         blocked = _Part((BLOCKED,), totals["blocked_ns"])
-        groups = _grouped(capture, "waits", _WHERE, "blocked_weight_ns")
+        groups = _grouped(capture, "waits", whose.where, "blocked_weight_ns")
         known.load(stack for _, stack, _ in groups)
-        lossy = _lossy(capture)
-        for tgid, stack, weight_ns in groups:
-            frames = (process(tgid), *known.left_at(stack))
-            of_losses = lossy.get((tgid, stack), {})
+        lossy = _lossy(capture, whose.where)
+        for owner, stack, weight_ns in groups:
+            frames = (*whose.frames(owner), *known.left_at(stack))
+            of_losses = lossy.get((owner, stack), {})
             for loss, lossy_ns in of_losses.items():
                 blocked.add((*frames, loss), lossy_ns)
             rest = weight_ns - sum(of_losses.values())
@@ -227,22 +252,54 @@ def _parts(
         parts.append(blocked)
     if kind == "wall":
         on_cpu = _Part((ON_CPU,), None)
-        _add_stacks(on_cpu, _grouped(capture, "samples", _WHERE, "weight_ns"), known, process)
+        _add_stacks(on_cpu, _grouped(capture, "samples", whose.where, "weight_ns"), known, whose)
         parts.append(on_cpu)
     return parts
 
 
-def _add_stacks(
-    part: _Part, groups: list[tuple[Any, ...]], known: _Stacks, process: Callable[[int], Frame]
-) -> None:
-    """Add (process, stack, weight) to a part."""
+class _Whose:
+    """The frame of whose time it is."""
+
+    def __init__(self, capture: CaptureTables, level: Level) -> None:
+        self.by = "tid" if level == "thread" else "tgid"
+        self.where = (self.by, "stack")
+        self._level = level
+        threads = capture.table("threads", columns=("tid", "tgid", "comm"))
+        if level == "thread":
+            columns = (threads[name].to_pylist() for name in ("tid", "comm"))
+            self._names = {tid: comm for tid, comm in zip(*columns, strict=True) if comm}
+        else:
+            self._names = _process_names(threads)
+
+    def frames(self, owner: int | None) -> _Stack:
+        name = self._names.get(-1 if owner is None else owner)
+        if self._level == "thread":
+            return (_thread(name, owner),)
+        return (Frame(name or f"[pid {owner}]", "process"),) if self._level == "process" else ()
+
+
+def _thread(comm: str | None, tid: int | None, what: str = "") -> Frame:
+    return Frame(f"{comm or '[unknown]'}/{'?' if tid is None else tid}{what}", "thread")
+
+
+def _thread_first(stack: _Stack) -> _Stack:
+    """Put whose time it is before what it was."""
+    if len(stack) > 1 and stack[1].kind == "thread" and stack[0].kind == "state":
+        return (stack[1], stack[0], *stack[2:])
+    return stack
+
+
+def _add_stacks(part: _Part, groups: list[tuple[Any, ...]], known: _Stacks, whose: _Whose) -> None:
+    """Add (owner, stack, weight) to a part."""
     known.load(stack for _, stack, _ in groups)
-    for tgid, stack, weight_ns in groups:
-        part.add((process(tgid), *known.left_at(stack)), weight_ns)
+    for owner, stack, weight_ns in groups:
+        part.add((*whose.frames(owner), *known.left_at(stack)), weight_ns)
 
 
-def _lossy(capture: CaptureTables) -> dict[tuple[int, int | None], dict[Frame, int]]:
-    """Return, by (tgid, stack), how much of the sampled blocked time (ns) overlaps lost segments.
+def _lossy(
+    capture: CaptureTables, where: tuple[str, str]
+) -> dict[tuple[int, int | None], dict[Frame, int]]:
+    """Return, by owner and stack, how much of the sampled blocked time (ns) overlaps lost segments.
 
     Never more than a stack has.
     """
@@ -251,8 +308,8 @@ def _lossy(capture: CaptureTables) -> dict[tuple[int, int | None], dict[Frame, i
     rows = found.waits.row[good]
     if not len(rows):
         return {}
-    waits = capture.table("waits", columns=(*_WHERE, "blocked_weight_ns")).take(pa.array(rows))
-    columns = (waits[name].to_pylist() for name in (*_WHERE, "blocked_weight_ns"))
+    waits = capture.table("waits", columns=(*where, "blocked_weight_ns")).take(pa.array(rows))
+    columns = (waits[name].to_pylist() for name in (*where, "blocked_weight_ns"))
     parts = zip(
         found.waits.loss[good].tolist(),
         found.waits.overlap_ns[good].tolist(),
@@ -261,12 +318,12 @@ def _lossy(capture: CaptureTables) -> dict[tuple[int, int | None], dict[Frame, i
         strict=True,
     )
     sums: dict[tuple[int, int | None], dict[Frame, int]] = {}
-    for loss, overlap_ns, blocked_ns, tgid, stack, weight_ns in parts:
+    for loss, overlap_ns, blocked_ns, owner, stack, weight_ns in parts:
         lossy_ns = (weight_ns or 0) * overlap_ns // blocked_ns
         if lossy_ns:
             kinds = "+".join(kind for kind, _ in found.losses.kinds[loss])
             frame = Frame(f"[tcp {kinds} {found.losses.peer[loss]}]", "network")
-            of_stack = sums.setdefault((tgid, stack), {})
+            of_stack = sums.setdefault((owner, stack), {})
             of_stack[frame] = of_stack.get(frame, 0) + lossy_ns
     return sums
 
@@ -274,7 +331,7 @@ def _lossy(capture: CaptureTables) -> dict[tuple[int, int | None], dict[Frame, i
 def _waiting(
     capture: CaptureTables,
     known: _Stacks,
-    process: Callable[[int], Frame],
+    whose: _Whose,
     totals: Mapping[str, int],
     *,
     apart: bool,
@@ -282,27 +339,27 @@ def _waiting(
     """Return the waiting time: a part for each cause, or one where the capture tells none."""
     if not any(totals[cause] for cause in CAUSES):
         part = _Part((WAITING,) if apart else (), totals["wait_ns"])
-        _add_stacks(part, _grouped(capture, "waits", _WHERE, "weight_ns"), known, process)
+        _add_stacks(part, _grouped(capture, "waits", whose.where, "weight_ns"), known, whose)
         return [part]
     by_cause = {
         cause: _Part((Frame(f"[waiting: {cause}]", "state"),), totals[cause]) for cause in CAUSES
     }
-    rows = capture.table("waits", columns=("tgid", "stack", "weight_ns", "wait_ns", *_CAUSE_NS))
+    rows = capture.table("waits", columns=(*whose.where, "weight_ns", "wait_ns", *_CAUSE_NS))
     rows = rows.filter(pc.greater(pc.fill_null(rows["weight_ns"], 0), 0))
     scale = pc.divide(_float(rows["weight_ns"]), pc.max_element_wise(_float(rows["wait_ns"]), 1.0))
     for column in _CAUSE_NS:
         share = pc.multiply(scale, _float(rows[column]))
         rows = rows.set_column(rows.schema.get_field_index(column), column, share)
-    sums = rows.group_by(list(_WHERE)).aggregate(
+    sums = rows.group_by(list(whose.where)).aggregate(
         [("weight_ns", "sum"), *((column, "sum") for column in _CAUSE_NS)]
     )
-    names = (*_WHERE, "weight_ns_sum", *(f"{column}_sum" for column in _CAUSE_NS))
+    names = (*whose.where, "weight_ns_sum", *(f"{column}_sum" for column in _CAUSE_NS))
     groups = list(zip(*(sums[name].to_pylist() for name in names), strict=True))
     known.load(stack for _, stack, *_ in groups)
-    for tgid, stack, weight_ns, *shares in groups:
+    for owner, stack, weight_ns, *shares in groups:
         if not sum(shares):  # rows of before causes were recorded
             shares[-1] = 1.0
-        frames = (process(tgid), *known.left_at(stack))
+        frames = (*whose.frames(owner), *known.left_at(stack))
         for cause, part_ns in zip(CAUSES, share_out(weight_ns, shares), strict=True):
             if part_ns:
                 by_cause[cause].add(frames, part_ns)
@@ -310,30 +367,30 @@ def _waiting(
 
 
 def _culprits(
-    capture: CaptureTables, known: _Stacks, totals: Mapping[str, int], *, pids: bool
+    capture: CaptureTables, known: _Stacks, totals: Mapping[str, int], *, pids: bool, tids: bool
 ) -> list[_Part]:
     """Return a part for each culprit, and one for each cause's time that no slice tells of."""
-    by = ("cause", "comm", "tgid", "vector")
+    by = ("cause", "comm", "tid" if tids else "tgid", "vector")
     shown = dict.fromkeys(CULPRITS, 0)
     parts: dict[_Stack, _Part] = {}
 
-    def part_of(cause: str, comm: str | None, tgid: int, vector: str | None) -> _Part:
-        root = _culprit(cause, comm, tgid if pids else None, vector)
+    def part_of(cause: str, comm: str | None, id_: int, vector: str | None) -> _Part:
+        root = _culprit(cause, comm, id_ if pids else None, vector, thread=tids)
         return parts.setdefault(root, _Part(root, 0))
 
-    for cause, comm, tgid, vector, dur_ns in _grouped(capture, "slices", by, "dur_ns"):
+    for cause, comm, id_, vector, dur_ns in _grouped(capture, "slices", by, "dur_ns"):
         if cause in shown:
             shown[cause] += dur_ns
-            part = part_of(cause, comm, tgid, vector)
+            part = part_of(cause, comm, id_, vector)
             part.exact_ns = part.total_ns + dur_ns
-            if tgid < 0:  # an interrupt has no stack
+            if id_ < 0:  # an interrupt has no stack
                 part.add((), dur_ns)
     groups = _grouped(capture, "slices", (*by, "stack"), "weight_ns")
     known.load(group[4] for group in groups)
-    for cause, comm, tgid, vector, stack, weight_ns in groups:
+    for cause, comm, id_, vector, stack, weight_ns in groups:
         if cause in shown:
             frames = known.left_at(stack, kernel_only=cause == "kthread")
-            part_of(cause, comm, tgid, vector).add(frames, weight_ns)
+            part_of(cause, comm, id_, vector).add(frames, weight_ns)
     rest = [
         _Part((), None, {(NOT_ITEMISED, Frame(f"[{cause}]", "marker")): totals[cause] - told})
         for cause, told in shown.items()
@@ -342,17 +399,22 @@ def _culprits(
     return [*parts.values(), *rest]
 
 
-def _culprit(cause: str, comm: str | None, tgid: int | None, vector: str | None) -> _Stack:
+def _culprit(
+    cause: str, comm: str | None, id_: int | None, vector: str | None, *, thread: bool
+) -> _Stack:
     """Return the frames at the root of who ran: a name, and what it was to the thread waiting."""
     if cause == "irq":
         return (Frame("[irq]", "state"),)
     if cause == "softirq":
         return (Frame("[softirq]", "state"), Frame(vector or "[unknown]", "kernel"))
+    if thread:
+        what = {"kthread": " [kernel thread]", "own": " [own thread]"}.get(cause, "")
+        return (_thread(comm, id_, what),)
     name = comm or "[unknown]"
     if cause == "kthread":
         return (Frame(f"{name} [kernel thread]", "thread"),)
-    if tgid is not None:
-        name += f" ({tgid})"
+    if id_ is not None:
+        name += f" ({id_})"
     if cause == "own":
         return (Frame(f"{name} [own thread]", "thread"),)
     return (Frame(name, "process"),)
@@ -493,6 +555,22 @@ def _targets(manifest: Mapping[str, Any], *, shown: int = 3) -> str:
     return ", ".join(named[:shown] + more)
 
 
+def _by_thread(kind: Kind, level: Level) -> bool:
+    """Whether what the subtitle calls exact is split by what was sampled."""
+    return level == "thread" and kind not in ("culprit", "waker")
+
+
+def _duration_ns(manifest: Mapping[str, Any]) -> int:
+    start_ns, end_ns = manifest.get("start_ns"), manifest.get("end_ns")
+    return 0 if start_ns is None or end_ns is None else max(0, end_ns - start_ns)
+
+
+def _period_ns(manifest: Mapping[str, Any], kind: Kind) -> int:
+    """What a sample stands for; waiting and blocked time are measured, to the nanosecond."""
+    hz = (manifest.get("options") or {}).get("cpu_samples_hz")
+    return 10**9 // hz if kind == "wall" and hz else 1
+
+
 def _facts(
     manifest: Mapping[str, Any], kind: Kind, totals: Mapping[str, int], *, sampled: str
 ) -> list[tuple[str, str]]:
@@ -507,8 +585,7 @@ def _facts(
         at = datetime.fromtimestamp(manifest["started_realtime_ns"] // 10**9, tz=UTC)
         facts.append(("recorded", f"{at:%Y-%m-%d %H:%M:%S} UTC"))
     if manifest.get("start_ns") is not None and manifest.get("end_ns") is not None:
-        duration_us = max(0, manifest["end_ns"] - manifest["start_ns"]) // 1000
-        facts.append(("for", human_us(duration_us)))
+        facts.append(("for", human_us(_duration_ns(manifest) // 1000)))
     facts.append(("waits", f"{totals['waits']:,} for {human_us(totals['wait_ns'] // 1000)}"))
     if kind == "culprit":
         nobody_ns = sum(totals[cause] for cause in CAUSES if cause not in CULPRITS)

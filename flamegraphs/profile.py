@@ -30,7 +30,14 @@ NOT_SAMPLED = Frame("[not sampled]", "marker")
 NOT_ITEMISED = Frame("[not itemised]", "state")
 """At the root: exact time of which no row tells whose it was."""
 
-_AFTER_ALL = Frame("\U0010ffff", "marker")
+NOT_MATCHED = Frame("[not matched]", "marker")
+"""At the root: the time of the stacks that were not asked for."""
+
+# What is not known or not asked for is drawn after all else, in this order.
+_LAST = {
+    frame: Frame(f"\U0010ffff{place}", "marker")
+    for place, frame in enumerate((NOT_MATCHED, NOT_ITEMISED, NOT_SAMPLED))
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +45,9 @@ class Profile:
     """Stacks, root first, each with its time in whole microseconds.
 
     `facts` are (key, value) pairs about the capture for people to read; `warnings` are sentences
-    that must not be overlooked (loss, degradation).
+    that must not be overlooked (loss, degradation). `exact` are the stacks before rounding, in
+    nanoseconds, where they are known. `kind` is what the time is of; `started_ns` is of the wall
+    clock, `period_ns` what a sample stands for. 0: not known.
     """
 
     title: str
@@ -47,6 +56,21 @@ class Profile:
     subtitle: str = ""
     facts: Sequence[tuple[str, str]] = ()
     warnings: Sequence[str] = ()
+    exact: Sequence[tuple[tuple[Frame, ...], int]] = ()
+    kind: str = ""
+    started_ns: int = 0
+    duration_ns: int = 0
+    period_ns: int = 0
+
+    @property
+    def stacks_ns(self) -> Sequence[tuple[tuple[Frame, ...], int]]:
+        """The stacks with their time in nanoseconds."""
+        return self.exact or [(stack, weight * 1000) for stack, weight in self.stacks]
+
+    @property
+    def total_ns(self) -> int:
+        """The width of the root in nanoseconds."""
+        return sum(weight for _, weight in self.stacks_ns)
 
     @property
     def total_us(self) -> int:
@@ -95,6 +119,6 @@ def merged(
 
 
 def _place(stack: tuple[Frame, ...]) -> tuple[Frame, ...]:
-    if stack[:1] == (NOT_ITEMISED,):
-        return (_AFTER_ALL, *stack[1:])
-    return (*stack[:-1], _AFTER_ALL) if stack[-1:] == (NOT_SAMPLED,) else stack
+    if stack and stack[0] in _LAST:
+        return (_LAST[stack[0]], *stack[1:])
+    return (*stack[:-1], _LAST[NOT_SAMPLED]) if stack[-1:] == (NOT_SAMPLED,) else stack

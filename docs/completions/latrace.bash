@@ -12,7 +12,7 @@ _latrace() {
     done
     case "$verb:$before" in
         flame:--format)
-            mapfile -t COMPREPLY < <(compgen -W "svg folded speedscope" -- "$word")
+            mapfile -t COMPREPLY < <(compgen -W "svg folded speedscope pprof" -- "$word")
             return
             ;;
         flame:--kind | diff:--kind)
@@ -29,7 +29,7 @@ _latrace() {
             compopt -o filenames; mapfile -t COMPREPLY < <(compgen -d -- "$word")
             return
             ;;
-        attach:-d | attach:--duration | attach:--min | attach:--slow | attach:--stack-budget | attach:--cpu-samples | attach:--without | attach:--ring-size | run:-d | run:--duration | run:--min | run:--slow | run:--stack-budget | run:--cpu-samples | run:--without | run:--ring-size | watch:--p50 | watch:--p90 | watch:--p95 | watch:--p99 | watch:--p999 | watch:--p99-ratio | watch:--floor | watch:--max | watch:--retransmits | watch:--metrics | watch:--metric | watch:--quantile | watch:--above | watch:--pprof | watch:--window | watch:--min-count | watch:--before | watch:--after | watch:--cooldown | watch:--memory | watch:--keep | watch:--disk | watch:--on-spike | watch:--budget | watch:-d | watch:--duration | watch:--min | watch:--slow | watch:--stack-budget | watch:--cpu-samples | watch:--without | watch:--ring-size | trigger:--watch | tcp:-d | tcp:--duration | report:--since | report:--until | report:--over | report:-o | report:--output | diff:-o | diff:--output | demo:-d | demo:--duration)
+        attach:-d | attach:--duration | attach:--min | attach:--slow | attach:--stack-budget | attach:--cpu-samples | attach:--without | attach:--ring-size | run:-d | run:--duration | run:--min | run:--slow | run:--stack-budget | run:--cpu-samples | run:--without | run:--ring-size | watch:--p50 | watch:--p90 | watch:--p95 | watch:--p99 | watch:--p999 | watch:--p99-ratio | watch:--floor | watch:--max | watch:--retransmits | watch:--metrics | watch:--metric | watch:--quantile | watch:--above | watch:--pprof | watch:--window | watch:--min-count | watch:--before | watch:--after | watch:--cooldown | watch:--memory | watch:--keep | watch:--disk | watch:--on-spike | watch:--budget | watch:-d | watch:--duration | watch:--min | watch:--slow | watch:--stack-budget | watch:--cpu-samples | watch:--without | watch:--ring-size | trigger:--watch | tcp:-d | tcp:--duration | flame:--only | flame:--hide | report:--since | report:--until | report:--over | report:-o | report:--output | diff:-o | diff:--output | demo:-d | demo:--duration)
             :
             return
             ;;
@@ -58,7 +58,7 @@ _latrace() {
         trigger) words='--watch -h --help' ;;
         spikes) words='--json -h --help' ;;
         tcp) words='-p --pid -a --all -d --duration -o --output -f --force -i --input --json -v --verbose -q --quiet -h --help' ;;
-        flame) words='-i --input --kind --format -f --force -q --quiet -h --help' ;;
+        flame) words='-i --input --kind --format --only --hide --collapse --reverse --per-thread --merge-threads -f --force -q --quiet -h --help' ;;
         report) words='-i --input --since --until -t --tid --over --json -o --output -f --force -q --quiet -h --help' ;;
         diff) words='-o --output --kind --json -f --force -q --quiet -h --help' ;;
         doctor) words='--json -v --verbose -h --help' ;;

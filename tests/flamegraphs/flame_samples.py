@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
-from latrace.analysis.schema import TABLES
+from latrace.analysis import schema
 from latrace.flamegraphs import Frame, Profile
 from latrace.flamegraphs.profile import NOT_SAMPLED
 
@@ -136,10 +138,10 @@ class MemoryCapture:
         self._tables = {
             name: tables[name]
             if isinstance(tables.get(name), pa.Table)
-            else pa.Table.from_pylist(tables.get(name, []), schema=schema)
-            for name, schema in TABLES.items()
+            else pa.Table.from_pylist(tables.get(name, []), schema=columns)
+            for name, columns in schema.TABLES.items()
         }
-        assert not tables.keys() - TABLES.keys()
+        assert not tables.keys() - schema.TABLES.keys()
 
     @property
     def complete(self) -> bool:
@@ -151,3 +153,17 @@ class MemoryCapture:
 
     def batches(self, name: str, *, columns: Sequence[str]) -> Iterator[pa.Table]:
         yield self.table(name, columns=columns)
+
+    def write(self, folder: Path) -> None:
+        """Lay it down as the tracer does."""
+        manifest = {"schema": schema.SCHEMA_VERSION, **self.manifest}
+        (folder / schema.MANIFEST).write_text(json.dumps(manifest))
+        for name in schema.TABLES:
+            table = self.table(name)
+            if name in schema.SNAPSHOTS:
+                at = table.schema.get_field_index("snapshot")
+                numbers = pa.array([1] * table.num_rows, pa.uint32())
+                table = table.set_column(at, table.schema.field(at), numbers)
+            path = str(folder / f"{name}{schema.SUFFIX}")
+            with pa.OSFile(path, "wb") as sink, pa.ipc.new_stream(sink, table.schema) as stream:
+                stream.write_table(table)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from fractions import Fraction
@@ -16,7 +15,6 @@ from flame_samples import MemoryCapture
 from hypothesis import given
 from hypothesis import strategies as st
 
-from latrace.analysis import schema
 from latrace.analysis.capture import open_capture
 from latrace.flamegraphs import KINDS, Frame, Kind, Profile, build_profile
 from latrace.flamegraphs.folded import to_folded
@@ -545,18 +543,7 @@ def test_a_capture_on_disk_gives_the_same_profile(tmp_path: Path) -> None:
         {"stack": 11, "weight_ns": 1_000},
     ]
     made = capture(waits, manifest=MANIFEST)
-    (tmp_path / schema.MANIFEST).write_text(
-        json.dumps({"schema": schema.SCHEMA_VERSION, **made.manifest})
-    )
-    for name in schema.TABLES:
-        table = made.table(name)
-        if name in schema.SNAPSHOTS:
-            at = table.schema.get_field_index("snapshot")
-            numbers = pa.array([1] * table.num_rows, pa.uint32())
-            table = table.set_column(at, table.schema.field(at), numbers)
-        path = tmp_path / f"{name}{schema.SUFFIX}"
-        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as stream:
-            stream.write_table(table)
+    made.write(tmp_path)
     on_disk = open_capture(tmp_path)
     for kind in KINDS:
         assert build_profile(on_disk, kind=kind) == build_profile(made, kind=kind)

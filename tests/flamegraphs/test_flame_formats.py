@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
 from collections import defaultdict
@@ -141,6 +142,7 @@ def test_speedscope_reads_back_as_the_same_stacks() -> None:
         ("out.svg", ".svg"), ("OUT.SVG", ".svg"), (".folded", ".folded"),
         (Path("/a/b.folded"), ".folded"),
         ("x.speedscope.json", ".speedscope.json"), ("a.svg.folded", ".folded"),
+        ("x.pb.gz", ".pb.gz"),
     ],
 )  # fmt: skip
 def test_the_extension_chooses(name: str | Path, extension: str) -> None:
@@ -148,7 +150,9 @@ def test_the_extension_chooses(name: str | Path, extension: str) -> None:
     assert render(SMALL, name) == FORMATS[extension](SMALL)
 
 
-@pytest.mark.parametrize("name", ["out.png", "out", "", "svg", "out.json", "out.svg/dir", "o.svgz"])
+@pytest.mark.parametrize(
+    "name", ["out.png", "out", "", "svg", "out.json", "out.svg/dir", "o.svgz", "o.gz"]
+)
 def test_an_unknown_extension_is_refused_with_the_known_ones(name: str) -> None:
     with pytest.raises(ValueError, match=r"\.svg, \.folded, \.speedscope\.json"):
         format_of(name)
@@ -158,7 +162,11 @@ def test_an_unknown_extension_is_refused_with_the_known_ones(name: str) -> None:
 
 @pytest.mark.parametrize("extension", FORMATS)
 def test_hostile_profiles_render_in_every_format(extension: str) -> None:
-    text = render(HOSTILE, extension).decode("utf-8")
+    data = render(HOSTILE, extension)
+    if extension == ".pb.gz":  # its texts are looked at where it is decoded
+        assert gzip.decompress(data)
+        return
+    text = data.decode("utf-8")
     assert "\x1b" not in text and "\u202e" not in text and "\0" not in text
     assert text.endswith("\n")
 

@@ -20,7 +20,7 @@ from latrace import flamegraphs
 from latrace.tracer import doctor, loader
 from latrace.tracer.cli import main
 from latrace.tracer.commands import tracing
-from latrace.tracer.commands.flame import Format, Kind
+from latrace.tracer.commands.flame import EXTENSIONS, Format, Kind
 from latrace.tracer.commands.run import describe_end
 from latrace.tracer.errors import HostError
 from latrace.tracer.options import Options
@@ -116,9 +116,8 @@ def test_who_only_calls_main_keeps_the_name() -> None:
 
 def test_the_choices_of_flame_are_those_that_exist() -> None:
     assert {kind.value for kind in Kind} == set(flamegraphs.KINDS)
-    assert {f".{fmt.value}".removesuffix(".json") for fmt in Format} == {
-        extension.removesuffix(".json") for extension in flamegraphs.FORMATS
-    }
+    assert set(EXTENSIONS) == set(Format)
+    assert set(EXTENSIONS.values()) == set(flamegraphs.FORMATS)
 
 
 @pytest.fixture
@@ -155,6 +154,9 @@ def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("flame out.pdf", 2, "the name out.pdf does not tell the format"),
         ("flame out.svg --kind cake", 2, "Invalid value for '--kind'"),
         ("flame out.svg", 1, "no capture at latrace.data"),
+        ("flame out.svg --only (", 2, "--only '(' is not a regular expression: missing )"),
+        ("flame out.svg --hide a --hide [", 2, "--hide '[' is not a regular expression"),
+        ("flame out.svg --per-thread --merge-threads", 2, "exclude each other"),
         ("report", 1, "no capture at latrace.data"),
         ("report -i /etc/hostname", 1, "/etc/hostname"),
     ],
