@@ -30,8 +30,8 @@ pytestmark = pytest.mark.kernel
 PARTS = ("entry_ns", "timer_ns", "run_queue_ns", "return_ns")
 AGREE_NS, AGREE_SHARE = 5_000, 0.01
 # On a quiet host 99 to 100 % of calls. Where others had the CPU for long, the caches are cold: the
-# way from the door to user mode to the clock as the program reads it takes up to 8 us then, and 90 to
-# 98 % of calls are within 5 us under a quota.
+# way from the door to user mode to the clock as the program reads it takes up to 8 us then, and
+# 90 to 98 % of calls are within 5 us under a quota.
 OF_CALLS = 0.97
 AGREE_UNDER_A_QUOTA_NS, OF_CALLS_UNDER_A_QUOTA = 8_000, 0.95
 SOON_NS = 50_000  # a row ends no later after its call than this, whatever we missed of it

@@ -34,7 +34,7 @@ NEVER = ("--max", "1h", "--budget", "100%")
 BY_HAND = (*NEVER, *SHORT)
 NOBODY = 65534
 SOCKETS = Path("/run/latrace")
-KILLS = 9
+KILLS = 7
 PR_SET_CHILD_SUBREAPER = 36
 
 Objects = Callable[[], set[tuple[str, int, str]]]
