@@ -51,7 +51,7 @@ _BY_FRAME_POINTERS = "frame pointers"  # they led no further
 
 _REMEMBERED = 1 << 17  # distinct stacks; beyond, all are forgotten: one that recurs gets a new id
 _LAST_ID = 2**31 - 1  # the ids of a capture are 32 bits wide, signed
-_BATCH, _GATHER_S = 512, 0.5  # a walk of few takes as long as one of many
+_BATCH, _GATHER_S = 512, 3.0  # a walk of few takes as long as one of many
 _COPIES_BYTES = 64 << 20  # that wait to be walked; beyond, frame pointers have to do
 
 _Key = tuple[int, int, bytes, str]
@@ -73,13 +73,17 @@ class _Epoch:
     """A place in the queue: stacks behind it refer to no frame before it."""
 
 
+class _Now:
+    """A place in the queue: stacks before it are not to wait for more."""
+
+
 class Naming:
     """Walks and names stacks. `add` and `take` are for one thread, the work is done on another."""
 
     def __init__(self) -> None:
         self._walker = Walker()
         self._symbolizer = self._walker.symbolizer
-        self._todo: queue.SimpleQueue[_Item | int | _Epoch | None] = queue.SimpleQueue()
+        self._todo: queue.SimpleQueue[_Item | int | _Epoch | _Now | None] = queue.SimpleQueue()
         self._done: queue.SimpleQueue[NamedStacks] = queue.SimpleQueue()
         self._ids: dict[_Key, int] = {}
         self._next_id = itertools.count()
@@ -89,6 +93,7 @@ class Naming:
         self._unnamed: dict[int, RawStack] = {}
         self._waiting_bytes = 0
         self._counts: Counter[str] = Counter()
+        self._met: set[int] = set()
         self._thread = threading.Thread(target=self._run, name="latrace-names", daemon=True)
         self._thread.start()
 
@@ -111,6 +116,10 @@ class Naming:
     def changed(self, tgid: int) -> None:
         """The process has mapped something new, by exec at the latest."""
         self._todo.put(tgid)
+
+    def hurry(self) -> None:
+        """Name what has been added, and do not wait for more."""
+        self._todo.put(_Now())
 
     def begin_epoch(self) -> None:
         """Let the rows of stacks added from now on refer to none of the rows before.
@@ -168,28 +177,23 @@ class Naming:
         return self._symbolizer.stats | counts | {"unwinding": self._walker.stats}
 
     def _run(self) -> None:
-        known: set[int] = set()
         try:
             for item in self._items():
                 if isinstance(item, _Epoch):
                     self._ids.clear()
                     self._frame_ids.clear()
-                    known.clear()
+                    self._met.clear()
                     self._walker.let_go()
                     self._symbolizer.let_go()
                 elif isinstance(item, int):
-                    if item in known:
+                    if item in self._met:
                         self._symbolizer.remember(item)
-                else:
-                    new = {stack.tgid for _, stack in item if stack.has_user} - known
-                    for tgid in new:
-                        self._symbolizer.remember(tgid)
-                    known |= new
+                elif isinstance(item, list):
                     self._name(item)
         finally:
             self._symbolizer.close()
 
-    def _items(self) -> Iterator[list[_Item] | int | _Epoch]:
+    def _items(self) -> Iterator[list[_Item] | int | _Epoch | _Now]:
         """What is to be done, stacks in batches of what comes within a moment."""
         batch: list[_Item] = []
         end_s = 0.0
@@ -204,6 +208,7 @@ class Naming:
             if isinstance(item, tuple):
                 end_s = end_s if batch else time.monotonic() + _GATHER_S
                 batch.append(item)
+                self._meet(item[1])
                 if len(batch) < _BATCH:
                     continue
             if batch:
@@ -213,6 +218,12 @@ class Naming:
                 return
             if not isinstance(item, tuple):
                 yield item
+
+    def _meet(self, stack: RawStack) -> None:
+        """Look at a process when its first stack comes: it may not be there for much longer."""
+        if stack.has_user and stack.tgid not in self._met:
+            self._met.add(stack.tgid)
+            self._symbolizer.remember(stack.tgid)
 
     def _name(self, batch: list[_Item]) -> None:
         stacks = [stack for _, stack in batch]

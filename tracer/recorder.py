@@ -122,6 +122,10 @@ class Recorder:
         """How many stacks have come."""
         return self._naming.added
 
+    def hurry(self) -> None:
+        """Have the stacks that have come named at once, and not when there are more."""
+        self._naming.hurry()
+
     def has_named(self, stacks: int) -> bool:
         """Whether a flush now would write the names of the first so many stacks."""
         return self._naming.has_named(stacks)

@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from .outputs import OutputDir
 
 _FLUSH_S = 0.5
-_SLEEP_MIN_S, _QUIET_SLEEP_S = 0.001, 0.3
+_SLEEP_MIN_S, _QUIET_SLEEP_S = 0.001, 0.5
 _SETTLE_S = 0.002  # programs that run on another CPU while we detach end within microseconds
 _LAST_SWITCH_S = 0.2
 _NAMED_PROCESSES = 100  # in the manifest: a fork bomb must not fill it

@@ -401,6 +401,7 @@ class Watch(Tracer):
                 return
             if self._end_stacks is None:
                 self._end_stacks = self._recorder.stacks
+                self._recorder.hurry()
             named = self._recorder.has_named(self._end_stacks)
             # The profiles end on their own, at their deadlines.
             if profiled and (named or late_s > _NAMES_FOLLOW_S):
