@@ -20,7 +20,7 @@ from latrace.tracer.watch.pprof import FILES, Profiles, parse_pprof_url
 
 HEAP = b"heap profile: 1: 2 [3: 4] @ heap/1048576\n\n# runtime.MemStats\n# NumGC = 0\n"
 GOOD = {
-    "profile": gzip.compress(b"samples"),
+    "profile": gzip.compress(b"samples", mtime=0),
     "trace": b"go 1.19 trace\0\0\0events",
     "goroutine": b"goroutine profile: total 3\n",
     "heap": HEAP,
@@ -132,7 +132,7 @@ def test_all_are_fetched_at_once_and_the_heap_once_more(
     ("kind", "answer", "error"),
     [
         ("profile", b"<html>login</html>", "what it answers is no CPU profile of Go"),
-        ("trace", gzip.compress(b""), "what it answers is no execution trace of Go"),
+        ("trace", gzip.compress(b"", mtime=0), "what it answers is no execution trace of Go"),
         ("trace", b"go 1.x", "what it answers is no execution trace of Go"),
         ("goroutine", b"", "what it answers is no dump of goroutines of Go"),
         ("heap", b"heap profile: ", "what it answers is no memory statistics of Go"),
