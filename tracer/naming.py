@@ -52,6 +52,7 @@ _BY_FRAME_POINTERS = "frame pointers"  # they led no further
 _REMEMBERED = 1 << 17  # distinct stacks; beyond, all are forgotten: one that recurs gets a new id
 _LAST_ID = 2**31 - 1  # the ids of a capture are 32 bits wide, signed
 _BATCH, _GATHER_S = 512, 3.0  # a walk of few takes as long as one of many
+_CLOSE_TIMEOUT_S = 60.0  # a file that is being parsed has its own limits
 _COPIES_BYTES = 64 << 20  # that wait to be walked; beyond, frame pointers have to do
 
 _Key = tuple[int, int, bytes, str]
@@ -94,6 +95,7 @@ class Naming:
         self._waiting_bytes = 0
         self._counts: Counter[str] = Counter()
         self._met: set[int] = set()
+        self._closing = False
         self._thread = threading.Thread(target=self._run, name="latrace-names", daemon=True)
         self._thread.start()
 
@@ -171,6 +173,15 @@ class Naming:
         self._unnamed.clear()
         return rows
 
+    def close(self) -> None:
+        """Drop what is not named yet, and wait for the thread: it must not outlive the process.
+
+        (A thread that the interpreter ends within a library's code takes the process with it.)
+        """
+        self._closing = True
+        self._todo.put(None)
+        self._thread.join(_CLOSE_TIMEOUT_S)
+
     def stats(self) -> dict[str, Any]:
         """What the look-up refused or could not read, by reason."""
         counts = {name: self._counts[name] for name in ("late", "copies_dropped")}
@@ -188,7 +199,7 @@ class Naming:
                 elif isinstance(item, int):
                     if item in self._met:
                         self._symbolizer.remember(item)
-                elif isinstance(item, list):
+                elif isinstance(item, list) and not self._closing:
                     self._name(item)
         finally:
             self._symbolizer.close()
@@ -207,6 +218,8 @@ class Naming:
                 continue
             if isinstance(item, tuple):
                 end_s = end_s if batch else time.monotonic() + _GATHER_S
+                if self._closing:
+                    continue
                 batch.append(item)
                 self._meet(item[1])
                 if len(batch) < _BATCH:

@@ -280,5 +280,5 @@ class Recorder:
 
     def close(self, *, complete: bool) -> None:
         """Close the capture. Safe to call again."""
-        self._naming.finish(0)
+        self._naming.close()
         self._writer.close(complete=complete)

@@ -49,3 +49,4 @@ def test_equal_stacks_have_one_row_and_a_number_of_ones_own_is_kept() -> None:
     assert {number for number, *_ in rows.stacks} == {own, *numbers.values()}
     assert [frame.offset for _, frame in rows.frames].count(2) == 2
     assert naming.stats()["late"] == 0
+    naming.close()

@@ -17,7 +17,7 @@ from latrace.tracer.cost import Cost
 from latrace.tracer.sampling import Sampler
 
 LEAST_SHARE: Final = 1 / 64
-_STARTING: Final = 2  # windows; the files that targets map are read in this time
+_STARTING: Final = 3  # windows; the files that targets map are read in this time
 _WELL_BELOW: Final = 0.8
 _LOWER_BY_AT_MOST: Final = 1 / 4
 _LOWER_BY_AT_LEAST: Final = 2 / 3
