@@ -51,7 +51,7 @@ _BY_FRAME_POINTERS = "frame pointers"  # they led no further
 
 _REMEMBERED = 1 << 17  # distinct stacks; beyond, all are forgotten: one that recurs gets a new id
 _LAST_ID = 2**31 - 1  # the ids of a capture are 32 bits wide, signed
-_BATCH, _GATHER_S = 512, 3.0  # a walk of few takes as long as one of many
+_BATCH, _GATHER_S = 512, 5.0  # a walk of few takes as long as one of many
 _CLOSE_TIMEOUT_S = 60.0  # a file that is being parsed has its own limits
 _COPIES_BYTES = 64 << 20  # that wait to be walked; beyond, frame pointers have to do
 
