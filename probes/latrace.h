@@ -115,9 +115,7 @@ struct socket_owner {
 #define STACK_FRAMES (STACK_KERNEL_FRAMES + STACK_USER_FRAMES)
 
 struct stack_record {
-	u8 type, part;
-	u8 has_user;			/* the thread is in user space as well */
-	u8 has_copy;			/* a stack_copy of the same key was sent before */
+	u8 type, part, has_user, pad;	/* has_user: the thread is in user space as well */
 	u16 kernel, user;		/* frames in the whole stack; kernel ones first, leaf first */
 	u64 key;
 	u32 tid, tgid;
@@ -129,7 +127,6 @@ struct stack_record {
  * not at all, so it has one page more than was asked for at most. */
 #define PAGE 4096
 #define RED_ZONE 128			/* below the stack pointer, System V ABI, AMD64, 3.2.2 */
-#define COPY_PAGES 8
 #define PT_REGS 21			/* words, arch/x86/include/asm/ptrace.h */
 
 struct copy_head {
@@ -173,7 +170,7 @@ struct cpu_state {
 	u64 due_key;			/* stack to take once the switch is over */
 	u32 due_tid, pad0;
 	u64 next_key;
-	u64 copy_key;			/* the stack that is being copied; 0: none, or it failed */
+	u64 copy_key;			/* the stack that is being copied */
 
 	u64 rows, stacks, slices, sleeps, samples;
 	u64 lost_waits, lost_stacks, lost_threads, lost_slices;	/* the ring was full */

@@ -73,36 +73,31 @@ int lat_copy(u64 *ctx)
 		if (h)
 			fill_copy(h, c->copy_key, task, 8);
 	}
-	if (h) {
+	if (h)
 		lat_copies.ringbuf_submit(h, BPF_RB_NO_WAKEUP);
-	} else {
-		c->copy_key = 0;
+	else
 		c->lost_copies++;
-	}
 #endif
 	return 0;
 }
 
-/* Returns whether a copy of the current thread's user stack was sent. An interrupt that takes a
- * stack meanwhile leaves `copy_key` as it was. */
-static inline int send_copy(void *ctx, struct cpu_state *c, u64 key)
+/* Send a copy of the current thread's user stack, before its frames. An interrupt that takes a stack
+ * meanwhile leaves `copy_key` as it was. */
+static inline void send_copy(void *ctx, struct cpu_state *c, u64 key)
 {
 	struct control *o = control();
 	u64 before = c->copy_key;
-	int sent;
 
 	if (!o || !o->copy_pages)
-		return 0;
+		return;
 	c->copy_key = key;
 	then_copy(ctx);
-	sent = c->copy_key != 0;
 	c->copy_key = before;
-	return sent;
 }
 
 /* Send the first `kernel + user` frames of `s`; returns 0 when the ring was full. */
 static inline int send_frames(struct cpu_state *c, struct scratch *s, u64 key, u64 task,
-			      u32 kernel, u32 user, int has_user, int has_copy)
+			      u32 kernel, u32 user, int has_user)
 {
 	u32 part, i;
 
@@ -117,7 +112,7 @@ static inline int send_frames(struct cpu_state *c, struct scratch *s, u64 key, u
 		r->type = RECORD_STACK;
 		r->part = part;
 		r->has_user = has_user;
-		r->has_copy = has_copy;
+		r->pad = 0;
 		r->kernel = kernel;
 		r->user = user;
 		r->key = key;
@@ -138,11 +133,11 @@ static inline int send_stack(void *ctx, struct cpu_state *c, u64 key, u64 task, 
 {
 	struct scratch *s = scratch_at(place);
 	long kernel_bytes, user_bytes = 0;
-	int copied;
 
 	if (!s)
 		return 0;
-	copied = user && send_copy(ctx, c, key);
+	if (user)
+		send_copy(ctx, c, key);
 	kernel_bytes = get_stack_of(ctx, s->frames, STACK_KERNEL_FRAMES * 8, 0);
 	if (kernel_bytes < 0)
 		kernel_bytes = 0;
@@ -153,8 +148,7 @@ static inline int send_stack(void *ctx, struct cpu_state *c, u64 key, u64 task, 
 					  STACK_USER_FRAMES * 8, 1 << 8 /* BPF_F_USER_STACK */);
 	if (user_bytes < 0)
 		user_bytes = 0;
-	return send_frames(c, s, key, task, (u64)kernel_bytes / 8, (u64)user_bytes / 8, user,
-			   copied);
+	return send_frames(c, s, key, task, (u64)kernel_bytes / 8, (u64)user_bytes / 8, user);
 }
 
 /* The kernel stack of a task that does not run: all that can be had of it. Returns bytes. */

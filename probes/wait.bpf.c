@@ -215,7 +215,7 @@ static inline void want_stack(struct cpu_state *c, u64 key, u64 task)
 	struct scratch *frames = scratch_at(SCRATCH_VICTIM);
 
 	if (!frames || !send_frames(c, frames, key, task, stack_of_sleeper(frames, task) / 8, 0,
-				    1, 0))
+				    1))
 		c->lost_stacks++;
 #endif
 }

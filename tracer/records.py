@@ -216,7 +216,7 @@ STACK = _in_cell(
         ("type", "u1"),
         ("part", "u1"),
         ("has_user", "u1"),
-        ("has_copy", "u1"),
+        ("pad", "u1"),
         ("kernel", "<u2"),
         ("user", "<u2"),
         ("key", "<u8"),

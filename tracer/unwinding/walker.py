@@ -44,7 +44,6 @@ _ROUNDS: Final = 32
 _NAMED_MODULES: Final = 200
 # Words of struct pt_regs (arch/x86/include/asm/ptrace.h) in DWARF's order of registers.
 _DWARF_ORDER: Final = np.array([10, 12, 11, 5, 13, 14, 4, 19, 9, 8, 7, 6, 3, 2, 1, 0, 16])
-_RSP: Final = 7
 _CS, _CS_64_BIT = 17, 0x33
 _MOST_PAGES: Final = 8
 # What keeps frame pointers where nothing is said of its frames: Go, and what V8 has compiled.
