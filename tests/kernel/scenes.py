@@ -92,6 +92,13 @@ class Scene:
         start = run - ints(table, "wait_ns")
         return int(self.timeline.spent(start, run, lambda state: state == tid).sum())
 
+    def begun(self, state: int) -> int:
+        """How many times the CPU went into a state within the waits, says the second witness."""
+        timeline, run = self.timeline, ints(self.waits, "run_ns")
+        begun = np.array(timeline.edges)[np.array(timeline.states) == state]
+        first = np.searchsorted(begun, run - ints(self.waits, "wait_ns"))
+        return int((np.searchsorted(begun, run) - first).sum())
+
     def agrees(self, *, within: float = 0.01) -> None:
         """Assert that each cause of all waits is what the second witness saw.
 

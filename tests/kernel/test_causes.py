@@ -15,6 +15,7 @@ import pyarrow as pa
 import pytest
 from invariants import ints, names, parts
 from scenes import CPU, Scene, Stage, assert_waited_all_it_did_not_run, waited
+from timeline import IRQ, SOFTIRQ
 
 pytestmark = pytest.mark.kernel
 
@@ -161,7 +162,12 @@ def test_real_time_culprits(stage: Stage) -> None:
             policy: around.enter_context(stage.neighbour("burst", *args))
             for policy, args in bursts.items()
         }
-        scene = stage.play("spin", 2000)
+        for turn in range(5):
+            # A deadline cannot be bound to a CPU: it runs here in most turns, but not in all.
+            again = Stage(stage.program, stage.groups, stage.output.with_name(f"turn{turn}"))
+            scene = again.play("spin", 2000)
+            if scene.ran_while_waiting(hogs["deadline"].pid):
+                break
     scene.agrees()
     assert parts(scene.waits)["other"] >= 0.97 * waited(scene.waits)
     for policy, hog in hogs.items():
@@ -192,8 +198,12 @@ def test_interrupts(stage: Stage, hog: bool) -> None:
         )
         scene = stage.play("batch", 1200, 1000)
     ours, theirs = parts(scene.waits), scene.witnessed()
-    for cause in ("irq", "softirq"):
-        assert ours[cause] == pytest.approx(theirs[cause].sum(), rel=0.1), cause
+    for cause, state in (("irq", IRQ), ("softirq", SOFTIRQ)):
+        # Our clock starts when the second witness has stamped the beginning, the first thing that
+        # is done in an interrupt: what is not in the caches then takes it 100 to 200 ns more than
+        # at the end.
+        later = 200 * scene.begun(state)
+        assert abs(ours[cause] - theirs[cause].sum()) < 0.05 * theirs[cause].sum() + later, cause
     # There is something to agree on.
     assert theirs["softirq"].sum() > 0.03 * waited(scene.waits)
     scene.agrees()

@@ -11,6 +11,7 @@ import ctypes
 import os
 import struct
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain
@@ -23,7 +24,8 @@ import numpy as np
 IRQ, SOFTIRQ, UNSEEN = -1, -2, -3
 
 _PAGE = 4096
-_BUFFER_KB = 32 << 10
+_BUFFER_KB = 64 << 10
+_DRAIN_S = 0.2
 _MISSED = 1 << 31  # in a page's header: events before it were overwritten
 _PADDING, _TIME_EXTEND, _TIME_STAMP = 29, 30, 31
 
@@ -76,13 +78,16 @@ class Recording:
         """By number: what it is, and where the fields that matter lie (one twice, if only one)."""
         self._pages: list[bytes] = []
         self._instance.mkdir()
+        self._fd = -1
+        self._stopped = threading.Event()
+        self._drainer = threading.Thread(target=self._drain, daemon=True)
 
     def start(self) -> None:
         write = self._write
         write("tracing_on", "0")
         write("trace_clock", "mono")
         write("tracing_cpumask", f"{1 << self._cpu:x}")
-        write("buffer_size_kb", str(_BUFFER_KB))
+        write(f"per_cpu/cpu{self._cpu}/buffer_size_kb", str(_BUFFER_KB))
         self._enable("sched/sched_switch", "switch", "next_pid", "prev_pid")
         self._enable("irq/softirq_entry", "softirq_entry", "vec")
         self._enable("irq/softirq_exit", "softirq_exit", "vec")
@@ -92,7 +97,10 @@ class Recording:
             if (self._instance / f"events/irq_vectors/{vector}_entry").exists():
                 self._enable(f"irq_vectors/{vector}_entry", "irq_entry", "vector")
                 self._enable(f"irq_vectors/{vector}_exit", "irq_exit", "vector")
+        pipe = self._instance / f"per_cpu/cpu{self._cpu}/trace_pipe_raw"
+        self._fd = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
         write("tracing_on", "1")
+        self._drainer.start()
 
     def _write(self, name: str, text: str) -> None:
         (self._instance / name).write_text(text)
@@ -109,17 +117,27 @@ class Recording:
         (folder / "enable").write_text("1")
 
     def close(self) -> None:
+        if self._drainer.is_alive():
+            self.stop()
         self._instance.rmdir()
 
     def stop(self) -> None:
         """End the recording and take it over from the kernel."""
         self._write("tracing_on", "0")
-        path = self._instance / f"per_cpu/cpu{self._cpu}/trace_pipe_raw"
-        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        self._stopped.set()
+        self._drainer.join()
+        self._take()
+        os.close(self._fd)
+
+    def _drain(self) -> None:
+        """Take pages as they fill: how many there will be depends on the machine."""
+        while not self._stopped.wait(_DRAIN_S):
+            self._take()
+
+    def _take(self) -> None:
         with contextlib.suppress(BlockingIOError):
-            while page := os.read(fd, _PAGE):
+            while page := os.read(self._fd, _PAGE):
                 self._pages.append(page)
-        os.close(fd)
 
     def timeline(self) -> Timeline:
         """Tell what the CPU did. Fails when an event was lost."""
