@@ -50,6 +50,7 @@ _ROOTS = frozenset(
 _BY_FRAME_POINTERS = "frame pointers"  # they led no further
 
 _REMEMBERED = 1 << 17  # distinct stacks; beyond, all are forgotten: one that recurs gets a new id
+_NAMED = -1  # for good; else a number that changes when JIT code without a name may have got one
 _LAST_ID = 2**31 - 1  # the ids of a capture are 32 bits wide, signed
 _BATCH, _GATHER_S = 512, 5.0  # a walk of few takes as long as one of many
 _CLOSE_TIMEOUT_S = 60.0  # a file that is being parsed has its own limits
@@ -86,7 +87,7 @@ class Naming:
         self._symbolizer = self._walker.symbolizer
         self._todo: queue.SimpleQueue[_Item | int | _Epoch | _Now | None] = queue.SimpleQueue()
         self._done: queue.SimpleQueue[NamedStacks] = queue.SimpleQueue()
-        self._ids: dict[_Key, int] = {}
+        self._ids: dict[_Key, tuple[int, int]] = {}
         self._next_id = itertools.count()
         self._frame_ids: dict[Frame, int] = {}
         self._next_frame = 0
@@ -259,14 +260,16 @@ class Naming:
         kernel, user = stack.kernel, walked.addresses
         key = (stack.tgid, len(kernel), kernel.tobytes() + user.tobytes(), walked.end)
         known = self._ids.get(key) if stack.number < 0 else None
-        if known is not None:
-            return known
+        if known is not None and known[1] in (_NAMED, self._symbolizer.renamed(stack.tgid)):
+            return known[0]
         number = next(self._next_id) & _LAST_ID if stack.number < 0 else stack.number
         if len(self._ids) >= _REMEMBERED:
             self._ids.clear()
-        self._ids[key] = number
         kernel_frames = _from_entry(self._symbolizer.kernel(kernel))
+        renamed = self._symbolizer.renamed(stack.tgid)
         user_frames = self._name_user(stack.tgid, walked)
+        nameless = any(frame.space == "jit" and frame.symbol is None for frame in user_frames)
+        self._ids[key] = number, renamed if nameless else _NAMED
         end = walked.end
         if not stack.has_user or self._is_rooted(user_frames):
             end = WHOLE

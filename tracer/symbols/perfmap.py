@@ -1,8 +1,8 @@
 """Perf maps: the text files in which JIT compilers say what they put where.
 
-A line is `START SIZE name`, both numbers hexadecimal. The file only grows; it is indexed piece by
-piece with numpy and the names stay in it until one is asked for. Whoever may write it may claim
-anything, so it is believed only when it belongs to the target's own user.
+A line is `START SIZE name`, both numbers hexadecimal. The file grows, or is written anew (Java's);
+it is indexed piece by piece with numpy and the names stay in it until one is asked for. Whoever may
+write it may claim anything, so it is believed only when it belongs to the target's own user.
 """
 
 from __future__ import annotations
@@ -23,6 +23,10 @@ CODE_LIMIT: Final = np.uint64(1 << 30)
 """A longer piece of machine code is a malformed line."""
 PIECE: Final = 1 << 20
 """Bytes indexed at a time; also the longest line that is understood."""
+_TAIL: Final = 4096
+"""Bytes that were indexed last: while the file still has them there, it has only grown."""
+_HEAD: Final = 39
+"""The longest that a line's numbers can be, with their blanks and the break before."""
 
 _HEX = np.full(256, 255, dtype=np.uint8)
 for _digits in (b"0123456789abcdef", b"0123456789ABCDEF"):
@@ -61,6 +65,7 @@ class PerfMap:
 
     def _reset(self) -> None:
         self._offset = 0
+        self._tail = b""
         self._skipping = False
         self._pieces: list[tuple[U64, U64, U64, U32]] = []
         self._count = 0
@@ -76,10 +81,13 @@ class PerfMap:
         return self._count
 
     def catch_up(self, budget: int) -> bool:
-        """Index what was appended, at most `budget` bytes; True when anything was learnt."""
+        """Index what was appended, at most `budget` bytes; True when anything was learnt.
+
+        A file that was written anew is read from its beginning. Raises OSError.
+        """
         size = min(os.fstat(self._fd.number).st_size, SIZE_LIMIT)
-        if size < self._offset:
-            # Written anew from its beginning.
+        anew = not self._has(self._tail, self._offset - len(self._tail))
+        if anew:
             self._reset()
         before, stop = self._count, min(size, self._offset + budget)
         while self._offset < stop:
@@ -91,15 +99,22 @@ class PerfMap:
                 # No line is that long: give up on it, once.
                 self.malformed += not self._skipping
                 self._skipping = True
-                self._offset += len(data)
+                self._pass(data)
                 continue
             begin = 0
             if self._skipping:
                 begin = data.find(b"\n") + 1
                 self._skipping = False
             self._index(data[begin:end], self._offset + begin)
-            self._offset += end
-        return self._count != before
+            self._pass(data[:end])
+        return anew or self._count != before
+
+    def _has(self, text: bytes, at: int) -> bool:
+        return os.pread(self._fd.number, len(text), at) == text
+
+    def _pass(self, text: bytes) -> None:
+        self._offset += len(text)
+        self._tail = (self._tail + text[-_TAIL:])[-_TAIL:]
 
     def _index(self, text: bytes, base: int) -> None:
         if not text:
@@ -174,13 +189,18 @@ class PerfMap:
         """Where the code begins."""
         return int(self._starts[index])
 
-    def name(self, index: int) -> str:
-        """What the compiler called it."""
+    def name(self, index: int) -> str | None:
+        """What the compiler called it; None when the file has been written anew since."""
+        at, length = int(self._names[index]), int(self._lengths[index])
+        before = min(at, _HEAD)
         try:
-            raw = os.pread(self._fd.number, int(self._lengths[index]), int(self._names[index]))
-        except OSError:
-            raw = b""
-        return clean(raw) or "[jit]"
+            raw = os.pread(self._fd.number, before + length + 1, at - before)
+            start, _size, nothing = raw[:before].rpartition(b"\n")[2].split(b" ")
+            same = not nothing and int(start, 16) == self.start(index)
+        except (OSError, ValueError):
+            return None
+        name, end = raw[before : before + length], raw[before + length :]
+        return clean(name) if same and (end == b"\n" or length == NAME_LIMIT) else None
 
     def close(self) -> None:
         """Close the file."""

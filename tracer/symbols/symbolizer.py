@@ -72,9 +72,10 @@ class _Process:
     perf_map: PerfMap | None = None
     refused: str = ""
     deaths: int = 0
-    # Looked-up addresses to frames: whole, and those that a growing perf map may change.
     look_again_at: float = 0.0
+    map_again_at: float = 0.0
     grow_again_at: float = 0.0
+    renamed: int = 0
     # Looked-up addresses to frames, exact ones and return addresses: those of parsed files, and
     # those that a growing perf map or a new mapping may change.
     lasting: tuple[_Cache, _Cache] = field(default_factory=lambda: ({}, {}))
@@ -89,9 +90,15 @@ class _Process:
             cache.clear()
         cache[addr] = frame
 
-    def clear(self, *, passing_only: bool = False) -> None:
-        for cache in self.passing if passing_only else (*self.passing, *self.lasting):
+    def clear(self) -> None:
+        for cache in (*self.passing, *self.lasting):
             cache.clear()
+
+    def rename(self) -> None:
+        """The perf map is another one, or has more in it."""
+        for cache in self.passing:
+            cache.clear()
+        self.renamed += 1
 
 
 class Symbolizer:
@@ -309,6 +316,21 @@ class Symbolizer:
 
     # Perf maps
 
+    def renamed(self, tgid: int) -> int:
+        """Look at a process's perf map; how often it has named JIT code anew, or more of it.
+
+        Compilers make their map when they compile first, long after their memory, or when they are
+        asked to.
+        """
+        process = self._processes.get(tgid)
+        if process is None:
+            return 0
+        now = time.monotonic()
+        if now > process.map_again_at:
+            process.map_again_at = now + LOOK_AGAIN_S
+            self._take_perf_map(tgid, process)
+        return process.renamed
+
     def _take_perf_map(self, tgid: int, process: _Process) -> None:
         if process.root is None:
             return
@@ -323,7 +345,7 @@ class Symbolizer:
             else:
                 self._close_perf_map(process)
                 process.perf_map = current
-                process.clear(passing_only=True)
+                process.rename()
                 self._counts["perf_maps"] += 1
         except FileNotFoundError:
             pass
@@ -343,9 +365,12 @@ class Symbolizer:
         began = time.monotonic()
         if process.perf_map is None or began < process.grow_again_at:
             return
-        if process.perf_map.catch_up(budget):
-            process.perf_map.sort()
-            process.clear(passing_only=True)
+        try:
+            if process.perf_map.catch_up(budget):
+                process.perf_map.sort()
+                process.rename()
+        except OSError:
+            self._close_perf_map(process)
         ended = time.monotonic()
         if ended - began > CHEAP_S:
             process.grow_again_at = ended + SPENT_SHARE * (ended - began)
@@ -414,10 +439,8 @@ class Symbolizer:
                 named.append((file, symbols[mine]))
         self._files.names(named)
 
-        if stale and process.perf_map is None and not in_file.all():
-            # Compilers make their map when they compile first, long after their memory.
-            process.look_again_at = time.monotonic() + LOOK_AGAIN_S
-            self._take_perf_map(tgid, process)
+        if not in_file.all():
+            self.renamed(tgid)
         jit = self._resolve_jit(process, wanted, np.flatnonzero(~in_file))
         frames = []
         columns = np.stack((numbers, symbols), axis=1).tolist()
@@ -456,14 +479,16 @@ class Symbolizer:
         self, process: _Process, wanted: U64, positions: npt.NDArray[np.int64]
     ) -> dict[int, tuple[str, int]]:
         """Names and starts of the addresses that a perf map knows, by address."""
+        if positions.size:
+            self._grow_perf_map(process, JIT_RESOLVE_BYTES)
         if process.perf_map is None or not positions.size:
             return {}
-        self._grow_perf_map(process, JIT_RESOLVE_BYTES)
         found = {}
         indices = process.perf_map.lookup(wanted[positions])
         for addr, index in zip(wanted[positions].tolist(), indices.tolist(), strict=True):
-            if index >= 0:
-                found[addr] = (process.perf_map.name(index), process.perf_map.start(index))
+            name = process.perf_map.name(index) if index >= 0 else None
+            if name is not None:
+                found[addr] = (name, process.perf_map.start(index))
         return found
 
     # Ends

@@ -27,11 +27,14 @@ from symbols_tools import (
     running,
 )
 
+from latrace.tracer.naming import NamedStacks, Naming
+from latrace.tracer.stacks import RawStack
 from latrace.tracer.symbols import Frame, Symbolizer
 from latrace.tracer.symbols.client import Worker
 from latrace.tracer.symbols.demangle import Demangler
 from latrace.tracer.symbols.elf import BytesSource, read_image
 from latrace.tracer.symbols.perfmap import perf_map_path
+from latrace.tracer.symbols.symbolizer import LOOK_AGAIN_S
 
 NOBODY = 65534
 KINDS = {
@@ -371,6 +374,62 @@ def test_code_of_a_jit_has_the_names_of_its_perf_map(symbolizer, public_sample):
             assert end == [Frame("second", "[jit]", 0x40, "jit")]
         maps = symbolizer.stats["perf_maps"]
         assert (maps["read"], maps["refused"], maps["malformed_lines"]) == (1, {}, 0)
+
+
+@pytest.mark.kernel
+def test_a_perf_map_written_anew_is_read_anew(symbolizer, public_sample):
+    """Over the old one, and as another file in its place."""
+    with running(public_sample, "--jit", user=NOBODY) as (pid, printed):
+        jit = printed["jit"]
+
+        def name() -> str | None:
+            time.sleep(2 * LOOK_AGAIN_S)
+            symbolizer.renamed(pid)
+            return frame(symbolizer, pid, jit).symbol
+
+        assert name() is None
+        with perf_map(pid, f"{jit:x} 40 first\n", owner=NOBODY) as path:
+            before = symbolizer.renamed(pid)
+            assert name() == "first"
+            assert symbolizer.renamed(pid) > before
+            path.write_text(f"{jit + 0x80:x} 40 other\n{jit:x} 40 second\n")
+            assert name() == "second"
+            path.unlink()
+            assert name() == "second"
+            path.write_text(f"{jit:x} 40 third\n")
+            os.chown(path, NOBODY, NOBODY)
+            assert name() == "third"
+            path.unlink()
+            path.write_text(f"{jit:x} 40 lie\n")
+            assert name() == "third"
+        assert symbolizer.stats["perf_maps"]["read"] == 2
+        assert symbolizer.stats["perf_maps"]["refused"] == {"owned by another user": 1}
+
+
+@pytest.mark.kernel
+def test_a_stack_gets_its_names_once_there_are_any(public_sample):
+    naming = Naming()
+    with running(public_sample, "--jit", user=NOBODY) as (pid, printed):
+        nothing, user = np.zeros(0, np.uint64), addresses(printed["jit"])
+
+        def number() -> tuple[int, NamedStacks]:
+            time.sleep(2 * LOOK_AGAIN_S)
+            naming.add(RawStack(1, pid, nothing, user, has_user=True))
+            naming.hurry()
+            while not naming.has_named(naming.added):
+                time.sleep(0.01)
+            rows = naming.take()
+            return rows.numbers[0][1], rows
+
+        nameless, rows = number()
+        assert [frame.symbol for _, frame in rows.frames] == [None]
+        assert number()[0] == nameless
+        with perf_map(pid, f"{printed['jit']:x} 40 late\n", owner=NOBODY):
+            named, rows = number()
+            assert named != nameless
+            assert [frame.symbol for _, frame in rows.frames] == ["late"]
+            assert number()[0] == named
+    naming.close()
 
 
 @pytest.mark.kernel

@@ -128,6 +128,29 @@ def test_a_map_written_anew_forgets_the_old_one(tmp_path):
     assert names(found, 0x1000, 0x2000) == ["new", None]
 
 
+def test_a_longer_map_written_over_the_old_one_is_read_from_its_beginning(tmp_path):
+    """As the JVM does, asked again: old code in the middle is gone, new code is in between."""
+    old = [b"%x 10 old%d\n" % (0x1000 + i * 16, i) for i in range(1000)]
+    new = [*old[:500], b"9000 10 fresh\n", *old[501:], b"a000 10 last\n"]
+    found = read(tmp_path / "map", b"".join(old))
+    assert names(found, 0x1000 + 500 * 16, 0x1000 + 999 * 16) == ["old500", "old999"]
+    (tmp_path / "map").write_bytes(b"".join(new))
+    # What the file says at the place of a name is no longer about that code.
+    assert names(found, 0x1000 + 999 * 16) == [None]
+    assert found.catch_up(PLENTY)
+    assert names(found, 0x1000 + 500 * 16, 0x1000 + 999 * 16) == [None, "old999"]
+    assert names(found, 0x9000, 0xA000) == ["fresh", "last"]
+    assert len(found) == 1001
+
+
+def test_a_map_that_says_other_things_in_as_many_bytes_is_noticed(tmp_path):
+    found = read(tmp_path / "map", b"1000 10 one\n")
+    (tmp_path / "map").write_bytes(b"1000 10 two\n")
+    assert found.catch_up(PLENTY)
+    assert names(found, 0x1000) == ["two"]
+    assert not found.catch_up(PLENTY)
+
+
 def test_too_many_entries_are_dropped_and_counted(tmp_path, monkeypatch):
     monkeypatch.setattr(perfmap, "ENTRY_LIMIT", 10)
     found = read(tmp_path / "map", b"".join(b"%x 10 n\n" % (i * 16) for i in range(25)))
