@@ -194,6 +194,9 @@ FRAMES: Final = pa.schema(
         ("module", pa.utf8()),
         ("offset", pa.uint64()),  # into the symbol, or into the module when there is no symbol
         ("space", NAME),  # kernel, user, jit
+        ("path", NAME),  # of the file, as its process saw it; null: none that was read
+        ("build_id", NAME),  # of that file, in hex
+        ("address", pa.uint64()),  # in that file (ELF); of a return address, the byte before it
     ]
 )
 

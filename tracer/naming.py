@@ -169,8 +169,8 @@ class Naming:
         for stack in late:
             number = next(self._next_id) & _LAST_ID if stack.number < 0 else stack.number
             rows.numbers.append((stack.key, number))
-            kernel, user = _addresses("kernel", stack.kernel), _addresses("user", stack.user)
-            self._add_rows(rows, number, kernel, user, "not looked up")
+            kernel = _addresses("kernel", stack.kernel)
+            self._add_rows(rows, number, kernel, self._late_frames(stack), "not looked up")
         self._unnamed.clear()
         return rows
 
@@ -282,6 +282,16 @@ class Naming:
     @staticmethod
     def _is_rooted(frames: list[Frame]) -> bool:
         return bool(frames) and frames[-1].symbol in _ROOTS
+
+    def _late_frames(self, stack: RawStack) -> list[Frame]:
+        """Frames without names; with what a later look-up needs, where that is known."""
+        callers = np.arange(len(stack.user)) > 0
+        places = self._symbolizer.places(stack.tgid, stack.user, return_addresses=callers)
+        bare = _addresses("user", stack.user)
+        return [
+            late if place is None else place._replace(module=late.module)
+            for place, late in zip(places, bare, strict=True)
+        ]
 
     def _add_rows(
         self, rows: NamedStacks, number: int, kernel: list[Frame], user: list[Frame], end: str

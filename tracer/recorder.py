@@ -231,6 +231,9 @@ class Recorder:
                     "module": [frame.module for frame in frames],
                     "offset": np.array([frame.offset for frame in frames], np.uint64),
                     "space": [frame.space for frame in frames],
+                    "path": [frame.path for frame in frames],
+                    "build_id": [frame.build_id for frame in frames],
+                    "address": [frame.address for frame in frames],
                 },
             )
         if named.stacks:

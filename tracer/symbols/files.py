@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 import numpy as np
+import numpy.typing as npt
 
 from latrace.tracer.symbols import wire
 from latrace.tracer.symbols.client import Worker, WorkerError
@@ -25,6 +26,7 @@ KNOWN_LIMIT: Final = 1 << 16
 MEMORY_LIMIT: Final = 768 << 20
 """Bytes of symbol tables kept; a file that comes after that stays without symbols."""
 
+Bools = npt.NDArray[np.bool_]
 Key = tuple[int, int, int, int, int]
 """device, inode, size, mtime, ctime: the last cannot be set by whoever rewrites the bytes."""
 
@@ -45,7 +47,7 @@ class MappedFile:
     """One file, or one that could not be opened or is none (`[vdso]`, `[heap]`): no `key`.
 
     `pending` is open until the file is `tried`, with the `root` its debug file is sought beneath.
-    `used`: since the last `FileTable.let_go`.
+    `used`: since the last `FileTable.let_go`. `shown_path` and `build_id` (hex) are for frames.
     """
 
     module: str
@@ -58,15 +60,21 @@ class MappedFile:
     pending: Fd | None = None
     root: Fd | None = None
     names: dict[int, str] = field(default_factory=dict)
+    shown_path: str | None = None
+    build_id: str | None = None
 
-    def locate(self, offsets: U64) -> tuple[U64, I64]:
-        """File offsets to virtual addresses (unchanged where unknown) and symbol indices (-1)."""
+    def locate(self, offsets: U64) -> tuple[U64, I64, Bools]:
+        """File offsets to virtual addresses, symbol indices (-1), and which addresses are known.
+
+        An unknown address is the file offset.
+        """
         if self.image is None:
-            return offsets, np.full(offsets.shape, -1, dtype=np.int64)
+            nowhere = np.full(offsets.shape, -1, dtype=np.int64)
+            return offsets, nowhere, np.zeros(offsets.shape, dtype=np.bool_)
         vaddrs, known = self.image.vaddrs(offsets)
         indices = self.image.symbols.lookup(vaddrs)
         indices[~known] = -1
-        return vaddrs, indices
+        return vaddrs, indices, known
 
 
 OnParsed = Callable[[MappedFile, int], None]
@@ -139,6 +147,9 @@ class FileTable:
                 self.failed[wire.STATUS_WORDS[found]] += 1
                 return None
             file.image = self._with_debug_file(found, file.path, root)
+            # One string for all frames of the file.
+            file.shown_path = clean(file.path)
+            file.build_id = found.build_id.hex() or None
             if self._on_parsed is not None:
                 self._on_parsed(file, pending.number)
         except WorkerError as error:

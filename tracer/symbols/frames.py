@@ -23,12 +23,19 @@ class Frame(NamedTuple):
     `offset` counts bytes from the start of the symbol. Without a symbol it is the ELF virtual
     address (what `addr2line -e` takes), the file offset where the file could not be parsed, and
     the address itself for kernel, JIT and unmapped code.
+
+    The rest is there for code of a parsed file, so that it can be looked up again: `path` as its
+    process saw it, `build_id` in hex where the file has one, `address` the ELF virtual address that
+    was looked up: of a return address the byte before it, which belongs to the call.
     """
 
     symbol: str | None
     module: str
     offset: int
     space: Space
+    path: str | None = None
+    build_id: str | None = None
+    address: int | None = None
 
 
 def clean(raw: bytes) -> str:

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from latrace.tracer.symbols.client import Worker
 from latrace.tracer.symbols.elf import BytesSource, ElfError, read_image
-from latrace.tracer.symbols.files import FileTable, MappedFile, OnParsed
+from latrace.tracer.symbols.files import Bools, FileTable, MappedFile, OnParsed
 from latrace.tracer.symbols.frames import Frame, clean
 from latrace.tracer.symbols.kallsyms import KernelSymbols
 from latrace.tracer.symbols.maps import (
@@ -57,7 +57,6 @@ UNKNOWN_MODULE: Final = "[unknown]"
 JIT_MODULE: Final = "[jit]"
 VDSO_MODULE: Final = "[vdso]"
 
-Bools = npt.NDArray[np.bool_]
 _Cache = dict[int, Frame]
 
 
@@ -308,6 +307,35 @@ class Symbolizer:
         self._look(tgid, process)
         return process.ranges is not before
 
+    def places(self, tgid: int, addrs: U64, *, return_addresses: Bools) -> list[Frame | None]:
+        """Frames without names, of what is known already; None where that is too little.
+
+        Reads and parses nothing, so that another thread may ask while one resolves.
+        """
+        found: list[Frame | None] = [None] * addrs.size
+        process = self._processes.get(tgid)
+        if process is None:
+            return found
+        back = _behind(addrs, return_addresses)
+        ranges, files = process.ranges, list(process.files)
+        where = ranges.find(addrs - back)
+        mapped = np.flatnonzero(where >= 0)
+        at = where[mapped]
+        offsets = addrs[mapped] - back[mapped] - ranges.starts[at] + ranges.offsets[at]
+        for number in np.unique(ranges.files[at]).tolist():
+            file = files[number] if number < len(files) else None
+            if file is None or file.image is None or file.build_id is None:
+                continue
+            mine = ranges.files[at] == number
+            vaddrs, known = file.image.vaddrs(offsets[mine])
+            columns = (mapped[mine].tolist(), vaddrs.tolist(), known.tolist())
+            for position, vaddr, good in zip(*columns, strict=True):
+                if good:
+                    place = file.shown_path, file.build_id, vaddr
+                    offset = vaddr + int(back[position])
+                    found[position] = Frame(None, file.module, offset, "user", *place)
+        return found
+
     def parse(self, tgid: int, file: MappedFile) -> None:
         """Parse a file of a process, if that was not done."""
         process = self._processes.get(tgid)
@@ -429,12 +457,15 @@ class Symbolizer:
         offsets = wanted[mapped] - ranges.starts[at] + ranges.offsets[at]
         named = []
         in_file = np.zeros(wanted.shape, dtype=np.bool_)
+        placed = np.zeros(wanted.shape, dtype=np.bool_)
         for number in np.unique(numbers[mapped]).tolist():
             file = process.files[number]
             self._parse(process, file)
             if not file.anonymous:
                 mine = mapped[numbers[mapped] == number]
-                values[mine], symbols[mine] = file.locate(offsets[numbers[mapped] == number])
+                values[mine], symbols[mine], placed[mine] = file.locate(
+                    offsets[numbers[mapped] == number]
+                )
                 in_file[mine] = file.image is not None
                 named.append((file, symbols[mine]))
         self._files.names(named)
@@ -443,9 +474,11 @@ class Symbolizer:
             self.renamed(tgid)
         jit = self._resolve_jit(process, wanted, np.flatnonzero(~in_file))
         frames = []
-        columns = np.stack((numbers, symbols), axis=1).tolist()
+        columns = np.stack((numbers, symbols, placed), axis=1).tolist()
         places: list[int] = values.tolist()
-        for (addr, back), (number, symbol), value in zip(pairs, columns, places, strict=True):
+        for (addr, back), (number, symbol, known), value in zip(
+            pairs, columns, places, strict=True
+        ):
             owner = process.files[number] if number >= 0 else None
             compiled = jit.get(addr - back)
             if compiled is not None:
@@ -454,11 +487,19 @@ class Symbolizer:
                 frame = Frame(None, UNKNOWN_MODULE, addr, "user")
             elif owner.anonymous:
                 frame = Frame(None, owner.module, addr, "jit")
-            elif symbol < 0 or owner.image is None:
+            elif owner.image is None:
                 frame = Frame(None, owner.module, value + back, "user")
             else:
-                start = int(owner.image.symbols.starts[symbol])
-                frame = Frame(owner.names[symbol], owner.module, value + back - start, "user")
+                start = 0 if symbol < 0 else int(owner.image.symbols.starts[symbol])
+                frame = Frame(
+                    None if symbol < 0 else owner.names[symbol],
+                    owner.module,
+                    value + back - start,
+                    "user",
+                    owner.shown_path,
+                    owner.build_id,
+                    value if known else None,
+                )
             frames.append(frame)
             self._counts["unresolved" if frame.symbol is None else "resolved"] += 1
             process.keep(addr, back, frame, passing=owner is None or owner.image is None)

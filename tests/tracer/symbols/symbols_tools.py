@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -37,6 +38,14 @@ def build(source: Path, target: Path, *options: str, compiler: str = "gcc") -> P
     command = [compiler, "-O1", "-o", str(target), *options, str(source)]
     subprocess.run(command, check=True, capture_output=True)
     return target
+
+
+def build_id_of(file: Path) -> str | None:
+    """The build id that readelf finds, in hex."""
+    command = [need("readelf"), "-n", str(file)]
+    notes = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    found = re.search(r"Build ID: ([0-9a-f]+)", notes)
+    return None if found is None else found[1]
 
 
 def build_library(folder: Path, *options: str) -> Path:

@@ -20,6 +20,7 @@ from symbols_tools import (
     SAMPLE,
     Functions,
     addresses,
+    build_id_of,
     build,
     build_library,
     libc,
@@ -59,12 +60,18 @@ def symbolizer() -> Iterator[Symbolizer]:
 
 
 def frame(symbolizer: Symbolizer, pid: int, addr: int) -> Frame:
-    return symbolizer.user(pid, addresses(addr))[0]
+    return shown(symbolizer.user(pid, addresses(addr))[0])
+
+
+def shown(found: Frame) -> Frame:
+    """A frame without what it takes to look it up again."""
+    return Frame(*found[:4])
 
 
 def assert_all_named(symbolizer: Symbolizer, pid: int, printed: dict[str, int], name: str) -> None:
     frames = symbolizer.user(pid, addresses(*printed.values()))
-    assert frames == [Frame(function, name, 0, "user") for function in printed]
+    named = [Frame(function, name, 0, "user") for function in printed]
+    assert [shown(frame) for frame in frames] == named
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -90,8 +97,30 @@ def test_a_return_address_at_the_end_belongs_to_its_function(symbolizer, tmp_pat
             pid, addresses(end, end, 0), return_addresses=np.array([False, True, True])
         )
         assert frames[0].symbol is None
-        assert frames[1] == Frame("outer_function", "sample", 81, "user")
+        assert shown(frames[1]) == Frame("outer_function", "sample", 81, "user")
+        # What was looked up is the byte before, in the file.
+        start = Functions(program).start_of("outer_function")
+        assert frames[1].address == start + 80
+        assert (frames[1].path, frames[1].build_id) == (str(program), build_id_of(program))
         assert frames[2] == Frame(None, "[unknown]", 0, "user")
+
+
+def test_places_are_those_of_a_look_up_without_the_names(symbolizer, tmp_path):
+    program = build(SAMPLE, tmp_path / "sample")
+    with running(program) as (pid, printed):
+        wanted = addresses(printed["outer_function"] + 80, printed["main"] + 1, 1)
+        callers = np.array([False, True, True])
+        assert symbolizer.places(pid, wanted, return_addresses=callers) == [None] * 3
+        symbolizer.remember(pid)
+        assert symbolizer.places(pid, wanted, return_addresses=callers) == [None] * 3
+        found = symbolizer.user(pid, wanted, return_addresses=callers)
+        places = symbolizer.places(pid, wanted, return_addresses=callers)
+        assert places[2] is None
+        for place, frame_ in zip(places[:2], found[:2], strict=True):
+            assert place is not None and place.address is not None
+            assert place.symbol is None and place[4:] == frame_[4:]
+        assert [place.offset - place.address for place in places[:2]] == [0, 1]
+        assert symbolizer.stats["addresses"]["resolved"] == 2
 
 
 def test_libraries_loaded_later_are_seen(symbolizer, tmp_path):
