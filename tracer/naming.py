@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from .stacks import RawStack
 from .symbols import Frame, Space
+from .unwinding.pointers import OUTERMOST, depth_of, join
 from .unwinding.walker import WHOLE, Walked, Walker
 
 # Frames of the tracepoint and of our own program above the point where the thread stood.
@@ -38,16 +39,9 @@ _ROOTS = frozenset(
         "clone3",
         "__clone3",
         "start_thread",
-        "runtime.goexit",
-        "runtime.goexit.abi0",
-        "runtime.mstart",
-        "runtime.mstart.abi0",
-        "runtime.rt0_go",
-        "runtime.rt0_go.abi0",
     }
+    | OUTERMOST
 )
-
-_BY_FRAME_POINTERS = "frame pointers"  # they led no further
 
 _REMEMBERED = 1 << 17  # distinct stacks; beyond, all are forgotten: one that recurs gets a new id
 _NAMED = -1  # for good; else a number that changes when JIT code without a name may have got one
@@ -254,9 +248,11 @@ class Naming:
     def _numbered(self, rows: NamedStacks, stack: RawStack, walked: Walked | None) -> int:
         """The number of a stack; its rows are made when it is new."""
         if walked is None or walked.end != WHOLE:
-            pointers = Walked(stack.user, np.arange(len(stack.user)) == 0, _BY_FRAME_POINTERS)
-            if walked is None or self._is_rooted(self._name_user(stack.tgid, pointers)):
-                walked = pointers
+            pointers = join(walked, stack.user)
+            frames = self._name_user(stack.tgid, pointers)
+            depth = depth_of(frames)
+            if walked is None or self._is_rooted(frames[:depth]):
+                walked = Walked(pointers.addresses[:depth], pointers.exact[:depth], pointers.end)
         kernel, user = stack.kernel, walked.addresses
         key = (stack.tgid, len(kernel), kernel.tobytes() + user.tobytes(), walked.end)
         known = self._ids.get(key) if stack.number < 0 else None

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ import pytest
 WORKLOADS = Path(__file__).resolve().parents[1] / "workloads"
 
 
-def build_service(folder: Path) -> Path:
+def build_service(folder: Path, *, linker_flags: Sequence[str] = ()) -> Path:
     """Compile it with the distribution's Go; a test that has none is skipped."""
     if shutil.which("go") is None:
         if os.environ.get("LATRACE_REQUIRE_KERNEL") == "1":
@@ -27,7 +28,8 @@ def build_service(folder: Path) -> Path:
         "GOCACHE": str(folder / "cache"),
         "CGO_ENABLED": "0",
     }
-    command = ["go", "build", "-o", folder / "service", "."]
+    flags = " ".join(linker_flags)
+    command = ["go", "build", "-ldflags", flags, "-o", folder / "service", "."]
     subprocess.run(command, cwd=WORKLOADS / "service", env=env, check=True)
     return folder / "service"
 

@@ -6,15 +6,17 @@ what was found for one is kept; that makes a look-up independent of the number o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from .rules import (
     BAD_RULE,
+    CFA_DEREF,
     CFA_NONE,
     CFA_OFFSET,
     CFA_UNSUPPORTED,
@@ -48,6 +50,12 @@ class Otherwise(IntEnum):
     """By rbp: Go, JIT compilers that keep it."""
     TRAMPOLINE = 2
     """CPython's perf trampoline: `sub $8,%rsp; call *%rcx; add $8,%rsp; ret`."""
+    ROOT = 3
+    """It has no caller."""
+    ELSEWHERE = 4
+    """Its caller is on a stack that it does not tell of."""
+    SIGNAL = 5
+    """Where a handler of a signal returns to."""
 
 
 class End(IntEnum):
@@ -71,6 +79,17 @@ class End(IntEnum):
     """At a frame that does not lie above the one before."""
     DEEP = 8
     """After `MAX_FRAMES`."""
+    ELSEWHERE = 9
+    """What comes next is on another stack, of which there is no copy."""
+
+
+class Stretch(NamedTuple):
+    """Addresses of a module, from `start` up to `end`, and how they are unwound whatever else is
+    said of them."""
+
+    start: int
+    end: int
+    how: Otherwise
 
 
 ADDRESS_BITS: Final = 48
@@ -79,11 +98,31 @@ MAX_SPACES: Final = 1 << 16
 _ADDRESSES: Final = np.uint64((1 << ADDRESS_BITS) - 1)
 _SPACE_SHIFT: Final = np.uint64(ADDRESS_BITS)
 
-_UNMAPPED, _NO_TABLE, _NO_RULE, _UNSUPPORTED, FRAME_POINTERS, _TRAMPOLINE = range(6)
+_UNMAPPED, _NO_TABLE, _NO_RULE, _UNSUPPORTED, _ROOT, _ELSEWHERE = range(6)
+FRAME_POINTERS, _TRAMPOLINE, _SIGNAL = range(6, 9)
+_ENDS: Final = {
+    _UNMAPPED: End.UNMAPPED,
+    _NO_TABLE: End.NO_TABLE,
+    _NO_RULE: End.NO_RULE,
+    _ROOT: End.WHOLE,
+    _ELSEWHERE: End.ELSEWHERE,
+}
 _INSTEAD: Final = {
     Otherwise.FRAME_POINTERS: FRAME_POINTERS,
     Otherwise.TRAMPOLINE: _TRAMPOLINE,
+    Otherwise.ROOT: _ROOT,
+    Otherwise.ELSEWHERE: _ELSEWHERE,
+    Otherwise.SIGNAL: _SIGNAL,
 }
+
+# Where the kernel keeps the registers (DWARF's columns) of whoever a signal interrupted, from the
+# stack pointer on when its handler has returned: struct ucontext and struct sigcontext_64
+# (arch/x86/include/uapi/asm/sigcontext.h).
+_SAVED: Final = {
+    **{8 + number: 40 + 8 * number for number in range(8)},
+    **{5: 104, 4: 112, 6: 120, 3: 128, 1: 136, 0: 144, 2: 152, RETURN: 168},
+}
+_SAVED_RSP: Final = 160
 
 _MEMO_BITS: Final = 16
 _MEMO_SHIFT: Final = np.uint64(64 - _MEMO_BITS)
@@ -136,7 +175,7 @@ def _asked_for(rules: Rules, set_here: Bool) -> Bool:
 
 def _steps(rules: Rules) -> Steps:
     end = _ends(rules)
-    end[[_UNMAPPED, _NO_TABLE, _NO_RULE]] = End.UNMAPPED, End.NO_TABLE, End.NO_RULE
+    end[list(_ENDS)] = list(_ENDS.values())
     set_here = (rules["kind"] != SAME) & (end == End.GOES_ON)[:, None]
     set_here &= _asked_for(rules, set_here)
     row, column = np.nonzero(set_here)
@@ -168,6 +207,22 @@ class _Module:
     table: UnwindTable | None
     numbers: U32
     """Of each rule of the table, the number among all."""
+    starts: U64
+    ends: U64
+    special: U32
+    """The number of the rule of each stretch, (k,); starts and ends as well, sorted."""
+
+    def find(self, vaddrs: U64) -> U32:
+        """The number of the rule for each ELF virtual address. (m,) to (m,)."""
+        if self.table is None:
+            found = np.full(vaddrs.shape, self.numbers[0], dtype=np.uint32)
+        else:
+            found = self.numbers[self.table.lookup(vaddrs)]
+        if self.starts.size:
+            at = np.searchsorted(self.starts, vaddrs, side="right") - 1
+            inside = (at >= 0) & (vaddrs < self.ends[at])
+            found[inside] = self.special[at[inside]]
+        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,7 +240,10 @@ class Places:
         nothing = np.zeros_like(simple_rule(RSP, 0, saved={}))
         frame_pointers = simple_rule(RBP, 16, saved={RBP: -16, RETURN: -8})
         trampoline = simple_rule(RSP, 16, saved={RETURN: -8})
-        self._rules: list[Rules] = [nothing] * 4 + [frame_pointers, trampoline]
+        signal = simple_rule(RSP, _SAVED_RSP, saved=_SAVED)
+        signal["cfa_kind"], signal["signal"] = CFA_DEREF, 1
+        signal["base"][signal["kind"] == MEMORY] = RSP
+        self._rules: list[Rules] = [nothing] * 6 + [frame_pointers, trampoline, signal]
         self._numbers: dict[bytes, int] = {}
         self._stale: Steps | None = None
         self._modules: list[_Module] = []
@@ -206,18 +264,33 @@ class Places:
         return self._stale
 
     def add_module(
-        self, table: UnwindTable | None, *, otherwise: Otherwise = Otherwise.NOTHING
+        self,
+        table: UnwindTable | None,
+        *,
+        otherwise: Otherwise = Otherwise.NOTHING,
+        stretches: Sequence[Stretch] = (),
     ) -> int:
-        """Its number. `otherwise`: how code is unwound that the table has no rule for."""
+        """Its number. `otherwise`: how code is unwound that the table has no rule for; `stretches`:
+        code that is unwound in another way, whatever the table says. Of those that overlap the last
+        one to begin is taken.
+        """
         instead = _INSTEAD.get(otherwise)
         if table is None:
-            number = _NO_TABLE if instead is None else instead
-            self._modules.append(_Module(None, np.array([number], dtype=np.uint32)))
-            return len(self._modules) - 1
-        numbers = [self._number(table.rules[at : at + 1]) for at in range(len(table.rules))]
-        numbers[NO_RULE] = _NO_RULE if instead is None else instead
-        numbers[BAD_RULE] = _UNSUPPORTED
-        self._modules.append(_Module(table, np.array(numbers, dtype=np.uint32)))
+            numbers = [_NO_TABLE if instead is None else instead]
+        else:
+            numbers = [self._number(table.rules[at : at + 1]) for at in range(len(table.rules))]
+            numbers[NO_RULE] = _NO_RULE if instead is None else instead
+            numbers[BAD_RULE] = _UNSUPPORTED
+        special = sorted(stretches)
+        self._modules.append(
+            _Module(
+                table,
+                np.array(numbers, dtype=np.uint32),
+                np.array([stretch.start for stretch in special], dtype=np.uint64),
+                np.array([stretch.end for stretch in special], dtype=np.uint64),
+                np.array([_INSTEAD[stretch.how] for stretch in special], dtype=np.uint32),
+            )
+        )
         return len(self._modules) - 1
 
     def _number(self, rule: Rules) -> int:
@@ -321,8 +394,5 @@ class Places:
         vaddrs = addresses[inside] - space.biases[at]
         for number in np.unique(modules).tolist():
             module, mine = self._modules[number], modules == number
-            if module.table is None:
-                result[inside[mine]] = module.numbers[0]
-            else:
-                result[inside[mine]] = module.numbers[module.table.lookup(vaddrs[mine])]
+            result[inside[mine]] = module.find(vaddrs[mine])
         return result

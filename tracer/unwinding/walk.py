@@ -21,6 +21,9 @@ MAX_SWITCHES: Final = 4
 """Signal frames of one stack that may lead to a lower address: to or from another stack."""
 
 _WORD: Final = 8
+_REACH: Final = 64 << 10
+"""Bytes above the beginning of a copy; what lies beyond is on another stack, and would be in no
+larger copy either."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +87,12 @@ class _Copies:
             tuple(np.ascontiguousarray(column[:, part]) for column in (bases, rooms, starts))
             for part in range(starts.shape[1])
         ]
+
+    def is_near(self, addresses: U64, owners: I64) -> Bool:
+        """Which addresses a larger copy of the same stack might have. (m,), (m,) to (m,)."""
+        bases, _, _ = self._parts[0]
+        near: Bool = addresses - bases[owners] < _REACH
+        return near
 
     def read(self, addresses: U64, owners: I64) -> tuple[U64, Bool]:
         """Words at addresses of these stacks, and which ones there are (0 else). (m,), (m,)."""
@@ -158,7 +167,7 @@ class _Lanes:
         odd = how != MEMORY
         if odd.any() or self._any_lost or not there.all():
             read = np.where(how == VALUE, values, read)
-            self._lose(lanes, columns, there & ~odd | (how == VALUE), end)
+            self._lose(lanes, columns, there & ~odd | (how == VALUE), cfa, end)
         registers[:, RSP] = cfa
         flat[rows + columns] = read
         root = registers[:, RETURN] == 0
@@ -188,11 +197,13 @@ class _Lanes:
             outermost = (numbers[at] == FRAME_POINTERS) & (self.registers[at, RBP] == 0)
             end[at[outermost]] = End.WHOLE
 
-    def _lose(self, lanes: I64, columns: I64, there: Bool, end: U8) -> None:
+    def _lose(self, lanes: I64, columns: I64, there: Bool, cfa: U64, end: U8) -> None:
         """Keep in mind which registers could not be had; changes `end`."""
         missing = np.flatnonzero(~there)
         without = lanes[missing[columns[missing] == RETURN]]
-        end[without[end[without] == End.GOES_ON]] = End.SHORT
+        without = without[end[without] == End.GOES_ON]
+        near = self._copies.is_near(cfa[without], self.live[without])
+        end[without] = np.where(near, End.SHORT, End.ELSEWHERE)
         bits = np.int64(1) << columns
         # The stack pointer is the CFA, unless something else was said.
         self._lost &= ~np.int64(1 << RSP)

@@ -18,6 +18,7 @@ from latrace.tracer.symbols.files import MappedFile
 from latrace.tracer.symbols.maps import Ranges
 from latrace.tracer.symbols.symbolizer import PROCESS_LIMIT, VDSO_MODULE, read_vdso
 
+from . import golang
 from .cache import TableCache
 from .modules import ModuleTables
 from .places import End, Otherwise, Places
@@ -28,16 +29,19 @@ from .walk import Stacks, unwind
 
 WHOLE: Final = "whole"
 """The end of a walk that came to the thread's first function."""
+TOO_SHORT: Final = "copy too short"
+ON_ANOTHER_STACK: Final = "on another stack"
 
 _WORDS: Final = {
     End.WHOLE: WHOLE,
-    End.SHORT: "copy too short",
+    End.SHORT: TOO_SHORT,
     End.NO_TABLE: "no unwind table",
     End.NO_RULE: "no unwind rule",
     End.UNSUPPORTED: "unwind rule not understood",
     End.UNMAPPED: "no code there",
     End.STUCK: "frames do not rise",
     End.DEEP: "too deep",
+    End.ELSEWHERE: ON_ANOTHER_STACK,
 }
 _CURABLE: Final = (_WORDS[End.NO_TABLE], _WORDS[End.UNMAPPED])
 _ROUNDS: Final = 32
@@ -47,7 +51,7 @@ _DWARF_ORDER: Final = np.array([10, 12, 11, 5, 13, 14, 4, 19, 9, 8, 7, 6, 3, 2, 
 _CS, _CS_64_BIT = 17, 0x33
 _MOST_PAGES: Final = 8
 # What keeps frame pointers where nothing is said of its frames: Go, and what V8 has compiled.
-_KEEPS_FRAME_POINTERS: Final = (b"runtime.morestack", b"Builtins_CEntry")
+_KEEPS_FRAME_POINTERS: Final = (golang.MARK, b"Builtins_CEntry")
 _JUDGED, _SHORT_SHARE = 64, 0.01  # walks; beyond this share more is copied
 _CALM: Final = 1024  # walks, after which less is; then twice as many
 
@@ -188,7 +192,7 @@ class Walker:
     def _judge(self, ends: list[str]) -> None:
         """See whether the copies are too small, or may be smaller."""
         self._judged += len(ends)
-        self._short += ends.count(_WORDS[End.SHORT])
+        self._short += ends.count(TOO_SHORT)
         if self._judged >= _JUDGED and self._short > _SHORT_SHARE * self._judged:
             if self.copy_pages < _MOST_PAGES:
                 self.copy_pages *= 2
@@ -237,6 +241,7 @@ class Walker:
             known = self._modules[file] = self._places.add_module(
                 table if isinstance(table, UnwindTable) else None,
                 otherwise=Otherwise.FRAME_POINTERS if by_pointers else Otherwise.NOTHING,
+                stretches=() if file.image is None else golang.stretches(file.image.symbols),
             )
         return known
 
