@@ -12,7 +12,7 @@ import queue
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -51,7 +51,9 @@ _CLOSE_TIMEOUT_S = 60.0  # a file that is being parsed has its own limits
 _COPIES_BYTES = 64 << 20  # that wait to be walked; beyond, frame pointers have to do
 
 _Key = tuple[int, int, bytes, str]
-_Item = tuple[int, RawStack]
+_Numbered = tuple[int, RawStack]
+_Item = list[_Numbered]
+"""Stacks by the order in which they came."""
 
 
 @dataclass(slots=True)
@@ -94,20 +96,23 @@ class Naming:
         self._thread = threading.Thread(target=self._run, name="latrace-names", daemon=True)
         self._thread.start()
 
-    def add(self, stack: RawStack) -> None:
-        """Name a stack; its rows come out of `take` later."""
-        if stack.copy is not None and self._waiting_bytes > _COPIES_BYTES:
-            self._counts["copies_dropped"] += 1
-            stack = replace(stack, copy=None)
-        self._waiting_bytes += stack.copy_bytes
-        self._unnamed[self._added] = stack
-        self._todo.put((self._added, stack))
-        self._added += 1
+    def add(self, stacks: Iterable[RawStack]) -> None:
+        """Name stacks; their rows come out of `take` later."""
+        item: _Item = []
+        for stack in stacks:
+            if stack.copy is not None and self._waiting_bytes > _COPIES_BYTES:
+                self._counts["copies_dropped"] += 1
+                stack = replace(stack, copy=None)  # noqa: PLW2901
+            self._waiting_bytes += stack.copy_bytes
+            item.append((self._added + len(item), stack))
+        self._unnamed.update(item)
+        self._added += len(item)
+        self._todo.put(item)  # each one wakes the other thread
 
     def number(self, stack: RawStack) -> int:
         """The number that a stack has from now on, whatever it looks like; its rows come later."""
         numbered = replace(stack, number=next(self._next_id) & _LAST_ID)
-        self.add(numbered)
+        self.add([numbered])
         return numbered.number
 
     def changed(self, tgid: int) -> None:
@@ -199,9 +204,9 @@ class Naming:
         finally:
             self._symbolizer.close()
 
-    def _items(self) -> Iterator[list[_Item] | int | _Epoch | _Now]:
+    def _items(self) -> Iterator[_Item | int | _Epoch | _Now]:
         """What is to be done, stacks in batches of what comes within a moment."""
-        batch: list[_Item] = []
+        batch: _Item = []
         end_s = 0.0
         while True:
             try:
@@ -211,12 +216,13 @@ class Naming:
                 yield batch
                 batch = []
                 continue
-            if isinstance(item, tuple):
+            if isinstance(item, list):
                 end_s = end_s if batch else time.monotonic() + _GATHER_S
                 if self._closing:
                     continue
-                batch.append(item)
-                self._meet(item[1])
+                batch += item
+                for _, stack in item:
+                    self._meet(stack)
                 if len(batch) < _BATCH:
                     continue
             if batch:
@@ -224,7 +230,7 @@ class Naming:
                 batch = []
             if item is None:
                 return
-            if not isinstance(item, tuple):
+            if not isinstance(item, list):
                 yield item
 
     def _meet(self, stack: RawStack) -> None:
@@ -233,7 +239,7 @@ class Naming:
             self._met.add(stack.tgid)
             self._symbolizer.remember(stack.tgid)
 
-    def _name(self, batch: list[_Item]) -> None:
+    def _name(self, batch: _Item) -> None:
         stacks = [stack for _, stack in batch]
         rows = NamedStacks()
         for stack, walked in zip(stacks, self._walker.walk(stacks), strict=True):

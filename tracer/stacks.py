@@ -57,7 +57,7 @@ class RawStack:
 class StackCells:
     """Joins the cells of stacks as they arrive, and knows the numbers of those that are named."""
 
-    def __init__(self, on_whole: Callable[[RawStack], None]) -> None:
+    def __init__(self, on_whole: Callable[[list[RawStack]], None]) -> None:
         self._on_whole = on_whole
         self._dropped = 0
         self._waiting: npt.NDArray[np.void] = np.empty(0, STACK)
@@ -86,21 +86,32 @@ class StackCells:
         keys, starts, counts = np.unique(cells["key"], return_index=True, return_counts=True)
         depth = cells["kernel"][starts].astype(int) + cells["user"][starts]
         whole = counts == np.maximum(1, -(-depth // STACK_CELL_FRAMES))
-        for index in np.flatnonzero(whole):
-            start, first, key = starts[index], cells[starts[index]], int(keys[index])
-            frames = cells["frames"][start : start + counts[index]].ravel()
-            kernel = int(first["kernel"])
-            self._unnamed.add(key)
-            self._on_whole(
-                RawStack(
-                    key,
-                    int(first["tgid"]),
-                    frames[:kernel].copy(),
-                    frames[kernel : int(depth[index])].copy(),
-                    has_user=bool(first["has_user"]),
-                    copy=self._copies.pop(key, None),
-                )
+        firsts, frames = cells[starts], cells["frames"].ravel()
+        columns = [
+            values[whole].tolist()
+            for values in (
+                keys,
+                starts * STACK_CELL_FRAMES,
+                depth,
+                firsts["kernel"],
+                firsts["tgid"],
+                firsts["has_user"],
             )
+        ]
+        stacks = [
+            RawStack(
+                key,
+                tgid,
+                frames[start : start + kernel],
+                frames[start + kernel : start + deep],
+                has_user=bool(has_user),
+                copy=self._copies.pop(key, None),
+            )
+            for key, start, deep, kernel, tgid, has_user in zip(*columns, strict=True)
+        ]
+        if stacks:
+            self._unnamed.update(columns[0])
+            self._on_whole(stacks)
         # The rest of a stack follows at once. What is still in parts after so many cells has lost
         # one to a full ring.
         self._waiting = cells[np.repeat(~whole, counts)][-_WAITING_CELLS:]

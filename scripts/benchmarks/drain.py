@@ -112,7 +112,7 @@ def drain_capture(program: Program, ended: Callable[[], bool]) -> int:
     ring, pace = _ring(program), Pace()
     folder = Path(sys.argv[5]) / "capture"
     writer = CaptureWriter(create_output_dir(folder, force=True), {})
-    stacks = StackCells(lambda _stack: None)
+    stacks = StackCells(lambda _stacks: None)
     stacks.add(np.empty(0, STACK))
     pending: list[np.ndarray[Any, np.dtype[np.void]]] = []
     flush_at, events = time.monotonic() + _FLUSH_S, 0

@@ -15,7 +15,7 @@ def test_stacks_that_nobody_had_the_time_to_name_are_addresses() -> None:
     kernel = np.array([0xFFFF_FFFF_8100_0000], np.uint64)
     for key in range(1, 20_001):
         user = np.array([0x1000 + key, 0x2000], np.uint64)
-        naming.add(RawStack(key, NO_PROCESS, kernel, user, has_user=True))
+        naming.add([RawStack(key, NO_PROCESS, kernel, user, has_user=True)])
     assert naming.added == 20_000
     rows = naming.finish(0)
     late = naming.stats()["late"]
@@ -37,10 +37,10 @@ def test_equal_stacks_have_one_row_and_a_number_of_ones_own_is_kept() -> None:
     kernel, user = np.array([1], np.uint64), np.array([2, 3], np.uint64)
     own = naming.number(RawStack(0, NO_PROCESS, kernel, user, has_user=True))
     for key in (11, 12):
-        naming.add(RawStack(key, NO_PROCESS, kernel, user, has_user=True))
-    naming.add(RawStack(13, NO_PROCESS, kernel, user[:1], has_user=True))
+        naming.add([RawStack(key, NO_PROCESS, kernel, user, has_user=True)])
+    naming.add([RawStack(13, NO_PROCESS, kernel, user[:1], has_user=True)])
     naming.begin_epoch()
-    naming.add(RawStack(14, NO_PROCESS, kernel, user, has_user=True))
+    naming.add([RawStack(14, NO_PROCESS, kernel, user, has_user=True)])
     rows = naming.finish(30)
     numbers = dict(rows.numbers)
     assert numbers.keys() == {11, 12, 13, 14}
