@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import socket
 import subprocess
@@ -126,3 +127,46 @@ def test_node_with_a_perf_map(tmp_path: Path) -> None:
         if any(frame.kind in ("user", "jit") for frame in stack)
     )
     assert summed > 0.3 * whole
+
+
+NODE_INTERPRETED = """
+const cell = new Int32Array(new SharedArrayBuffer(4));
+function sleepInside() { Atomics.wait(cell, 0, 0, 1); }
+function seldomCalled() { sleepInside(); }
+console.log('ready');
+function tick() { seldomCalled(); setTimeout(tick, 1); }
+tick();
+"""
+
+
+def test_functions_that_node_interprets_have_names(tmp_path: Path) -> None:
+    node = shutil.which("node")
+    assert node, "scripts/test installs node"
+    script = tmp_path / "service.js"
+    script.write_text(NODE_INTERPRETED)
+    named = ["--perf-basic-prof", "--interpreted-frames-native-stack"]
+    with subprocess.Popen(
+        [node, *named, "--no-opt", "--no-sparkplug", str(script)],
+        stdout=subprocess.PIPE,
+        cwd=tmp_path,
+    ) as process:
+        try:
+            assert process.stdout
+            assert process.stdout.readline() == b"ready\n"
+            result = traced(process.pid, tmp_path / "c", 3.0)
+        finally:
+            process.kill()
+            Path(f"/tmp/perf-{process.pid}.map").unlink(missing_ok=True)  # noqa: S108
+    symbols = {row["id"]: str(row["symbol"]) for row in result.capture.frames.to_pylist()}
+    stacks = [
+        [symbols[frame] for frame in row["frames"]]
+        for row in result.capture.stacks.to_pylist()
+        if row["end"] == "whole"
+    ]
+    waiting = [names for names in stacks if any("Builtin_AtomicsWait" in name for name in names)]
+    assert waiting
+    for names in waiting:
+        found = [re.match(r"(JS|LazyCompile):~(\w+) ", name) for name in names]
+        ours = [match[2] for match in found if match][:3]
+        assert ours == ["sleepInside", "seldomCalled", "tick"]
+        assert names[-1] == "_start"
