@@ -12,7 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from latrace.tracer.stacks import RawStack
+from latrace.tracer.stacks import Copy, RawStack
+from latrace.tracer.symbols.client import Worker
+from latrace.tracer.symbols.table import Image, empty_table
 from latrace.tracer.target_stack import copy_stack
 from latrace.tracer.unwinding.walker import WHOLE, Walker
 
@@ -75,3 +77,44 @@ def test_of_a_process_that_is_not_there_nothing_is_known() -> None:
     assert walker.walk([stack]) == [None]
     assert walker.walk([]) == []
     walker.symbolizer.close()
+
+
+class Telling(Worker):
+    """A worker that says the same of every file."""
+
+    def __init__(self, image: Image) -> None:
+        super().__init__(command=("/nonexistent",))
+        self._image = image
+
+    def elf(self, _fd: int) -> Image | int:
+        return self._image
+
+    def section(self, _fd: int) -> tuple[bytes, bytes] | int:
+        return b"", b""
+
+
+@pytest.mark.parametrize("vaddr", [0, 1 << 63, (1 << 64) - 1])
+def test_a_file_that_says_it_is_loaded_anywhere(vaddr: int) -> None:
+    here = Path("/proc/self/maps").read_text().partition(" r-xp ")
+    pc = int(here[0].splitlines()[-1].partition("-")[0], 16)
+    offset = int(here[2].split()[0], 16)
+    segments = np.array([[0, 1 << 62, (vaddr - offset) % (1 << 64), 5]], np.uint64)
+    image = Image(segments, empty_table(), True, b"", b"", 0)
+    walker = Walker(worker=Telling(image))
+    regs = np.zeros(21, np.uint64)
+    regs[16], regs[17], regs[19] = pc, 0x33, 0x1000
+    nothing = np.zeros(0, np.uint64)
+    copy = Copy(regs, 0x1000, np.zeros(64, np.uint8))
+    stack = RawStack(1, os.getpid(), nothing, nothing, has_user=True, copy=copy)
+    try:
+        (walked,) = walker.walk([stack])
+        assert walked is not None and walked.addresses.tolist() == [pc]
+        frames = walker.symbolizer.user(
+            os.getpid(),
+            np.array([pc, pc + 1], np.uint64),
+            return_addresses=np.array([False, True]),
+        )
+        # Written as 64 bits; the second is behind the first one's address.
+        assert [frame.offset for frame in frames] == [vaddr, (vaddr + 1) % (1 << 64)]
+    finally:
+        walker.symbolizer.close()

@@ -16,8 +16,10 @@ MAPS_LIMIT: Final = 64 << 20
 KEPT_LIMIT: Final = 65536
 """Ranges of earlier snapshots that are kept."""
 
+# No number is longer than the kernel's own: 64 bits, and 12 and 20 of a device.
 _EXECUTABLE = re.compile(
-    rb"^([0-9a-f]+)-([0-9a-f]+) [r-][w-]x[ps] ([0-9a-f]+) ([0-9a-f]+):([0-9a-f]+) (\d+) *(.*)$",
+    rb"^([0-9a-f]{1,16})-([0-9a-f]{1,16}) [r-][w-]x[ps] ([0-9a-f]{1,16})"
+    rb" ([0-9a-f]{1,3}):([0-9a-f]{1,5}) ([0-9]{1,20})(?![0-9]) *(.*)$",
     re.MULTILINE,
 )
 _DELETED = b" (deleted)"

@@ -53,6 +53,8 @@ CHEAP_S: Final = 0.01
 FILES_LIMIT: Final = 1 << 16
 """Mapped files remembered for one process; one that maps ever new ones begins anew."""
 
+_HIGHEST: Final = (1 << 64) - 1
+
 UNKNOWN_MODULE: Final = "[unknown]"
 JIT_MODULE: Final = "[jit]"
 VDSO_MODULE: Final = "[vdso]"
@@ -490,11 +492,12 @@ class Symbolizer:
             elif owner.image is None:
                 frame = Frame(None, owner.module, value + back, "user")
             else:
+                # A file may say that it is loaded up to the last address there is.
                 start = 0 if symbol < 0 else int(owner.image.symbols.starts[symbol])
                 frame = Frame(
                     None if symbol < 0 else owner.names[symbol],
                     owner.module,
-                    value + back - start,
+                    value + back - start & _HIGHEST,
                     "user",
                     owner.shown_path,
                     owner.build_id,

@@ -68,8 +68,9 @@ class Walked(NamedTuple):
 class Walker:
     """Walks stacks in batches. Not thread-safe: it asks its symbolizer, which is everybody's."""
 
-    def __init__(self) -> None:
-        worker = Worker()
+    def __init__(self, worker: Worker | None = None) -> None:
+        """`worker` reads the targets' files."""
+        worker = worker or Worker()
         self.symbolizer = Symbolizer(worker=worker, on_parsed=self._add_table)
         self._tables = ModuleTables(worker, cache=TableCache())
         # A file is parsed once: what was made of it is kept for as long as the file is known.
@@ -222,8 +223,8 @@ class Walker:
         for at, number in enumerate(numbers):
             image = files[number].image
             if image is not None:
-                vaddr, _ = image.vaddrs(ranges.offsets[at : at + 1])
-                biases[at] -= vaddr[0]
+                # Unsigned wrap-around is meant: a file may say that it is loaded anywhere.
+                biases[at : at + 1] -= image.vaddrs(ranges.offsets[at : at + 1])[0]
         try:
             space = self._places.add_space(
                 ranges.starts, ranges.ends, biases, np.array(modules, np.int64)

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from symbols_tools import addresses
@@ -34,6 +35,22 @@ def test_executable_mappings_are_read_and_nothing_else():
         Mapping(0xFFFFFFFFFF600000, 0xFFFFFFFFFF601000, 0, 0, 0, b"[vsyscall]", False),
     ]
     assert parse_maps(TEXT) == expected
+
+
+@pytest.mark.parametrize(
+    ("good", "bad"),
+    [
+        (b"55d0c0a02000-", b"155d0c0a02000000a-"),
+        (b" 00002000 ", b" 10000000000000000 "),
+        (b"fe:00 131  ", b"fffffffff:00 131  "),
+        (b" 131  ", b" " + b"9" * 5000 + b"  "),
+    ],
+)
+def test_a_number_that_no_kernel_writes_is_none(good, bad):
+    text = TEXT.replace(good, bad)
+    assert text != TEXT
+    assert len(parse_maps(text)) == 5
+    make_ranges(parse_maps(text), list(range(5)))
 
 
 def test_our_own_maps_are_understood():
