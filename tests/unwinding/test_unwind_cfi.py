@@ -24,6 +24,8 @@ from latrace.tracer.unwinding.records import Section
 from latrace.tracer.unwinding.rules import BAD_RULE, CFA_UNSUPPORTED, COLUMNS, NO_RULE
 from latrace.tracer.unwinding.sections import table_of
 
+WORKLOADS = Path(__file__).parents[1] / "workloads"
+
 
 def compare(section: Section) -> int:
     """Checks every row and every gap; how many rows there were."""
@@ -118,3 +120,21 @@ def test_debug_frame_of_go_says_what_pyelftools_decodes(tmp_path: Path) -> None:
     build = ["go", "build", "-o", "program", "main.go"]
     subprocess.run(build, check=True, cwd=tmp_path, env=home)
     assert compare(section_of(tmp_path / "program", ".debug_frame")) > 500
+
+
+def test_debug_frame_with_lengths_of_64_bits_says_the_same(tmp_path: Path) -> None:
+    """pyelftools takes the length for the reference to the CIE then: it is asked about 32 bits."""
+    if shutil.which("gcc") is None:
+        pytest.skip("needs gcc")
+    options = ["-O2", "-g", "-fno-asynchronous-unwind-tables", "-fno-dwarf2-cfi-asm"]
+    source = WORKLOADS / "unwind_frames.c"
+    sections = {}
+    for bits in (32, 64):
+        program = tmp_path / f"program{bits}"
+        build = ["gcc", *options, f"-gdwarf{bits}", "-pthread", "-w", "-o", program, source]
+        subprocess.run(build, check=True)
+        sections[bits] = section_of(program, ".debug_frame")
+    assert compare(sections[32]) > 50
+    assert sections[64].data[:4] == bytes([255] * 4) != sections[32].data[:4]
+    tables = [compile_section(section).to_bytes() for section in sections.values()]
+    assert tables[0] == tables[1]

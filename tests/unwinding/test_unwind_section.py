@@ -98,6 +98,45 @@ def test_debug_frame(version: int) -> None:
     assert cfa_of(rule_at(section, 0x4004)) == (CFA_OFFSET, 7, 16, 0)
 
 
+def long_record(body: bytes) -> bytes:
+    body += bytes(-len(body) % 8)
+    return struct.pack("<IQ", 0xFFFFFFFF, len(body)) + body
+
+
+def long_debug_frame(reference: int = 0) -> bytes:
+    # The same CIE as that of 32 bits, but for the length and the mark that it is one.
+    head = long_record(b"\xff" * 8 + cie(eh=False, version=4, augmentation=b"")[8:])
+    body = struct.pack("<QQQ", reference, 0x4000, 0x10) + b"\x44\x0e\x10"
+    return head + long_record(body)
+
+
+def test_debug_frame_of_64_bits_beside_one_of_32() -> None:
+    data = long_debug_frame()
+    at = len(data)
+    data += cie(eh=False, version=4, augmentation=b"")
+    data += record(struct.pack("<IQQ", at, 0x5000, 0x10) + b"\x44\x0e\x20")
+    data += record(struct.pack("<IQQ", 0, 0x6000, 0x10) + b"\x44\x0e\x30")
+    section = of_bytes(data, eh=False)
+    for begin, offset in ((0x4000, 16), (0x5000, 32), (0x6000, 48)):
+        assert cfa_of(rule_at(section, begin + 3)) == PLAIN
+        assert cfa_of(rule_at(section, begin + 4)) == (CFA_OFFSET, 7, offset, 0)
+
+
+@pytest.mark.parametrize("reference", [8, 1 << 20, 0xFFFFFFFF, 1 << 63, (1 << 64) - 2])
+def test_a_reference_of_64_bits_that_leads_nowhere_gives_no_rule(reference: int) -> None:
+    section = of_bytes(long_debug_frame(reference), eh=False)
+    assert numbers_at(section, 0x4004) == [NO_RULE]
+
+
+def test_lengths_of_64_bits_in_eh_frame_are_passed_over() -> None:
+    data = long_record(bytes(64))
+    section = section_of_functions([(0x4000, 0x10, OFFSET_16)])
+    record_and_rest = section.data + data
+    body = struct.pack("<IQQ", len(record_and_rest) + 4, 0x5000, 0x10) + block(b"")
+    found = of_bytes(record_and_rest + record(body))
+    assert numbers_at(found, 0x4000, 0x5000) == [2, 3]
+
+
 @pytest.mark.parametrize(
     "head",
     [

@@ -1,7 +1,8 @@
 """The records of `.eh_frame` and `.debug_frame`: what they share (CIEs) and whom they are about.
 
 Layouts: DWARF 5, 6.4.1, and the Linux Standard Base, Core, 10.6. What is not understood (another
-address size, 64-bit lengths, an unknown augmentation) is left out, and its code has no rule.
+address size, an unknown augmentation) is left out, and its code has no rule. So is what has 64-bit
+lengths in `.eh_frame`: nobody writes it, and readers do not agree on how it refers to its CIE.
 """
 
 from __future__ import annotations
@@ -20,8 +21,14 @@ MAX_RECORDS: Final = 4 << 20
 MAX_CIES: Final = 1 << 16
 
 _WORDS: Final = struct.Struct("<II")
+_LONG_WORDS: Final = struct.Struct("<QQ")
 _EXTENDED: Final = 0xFFFF_FFF0
 """Lengths from here on are escapes."""
+_LONG: Final = 0xFFFF_FFFF
+"""This one says that a length of 64 bits follows (DWARF 5, 7.4)."""
+_SHARED: Final = 0xFFFF_FFFF
+"""What a CIE of `.debug_frame` has where others refer to theirs."""
+_LONG_SHARED: Final = 0xFFFF_FFFF_FFFF_FFFF
 
 # DW_EH_PE_…: the low four bits say how a pointer is stored, the next three what it is relative to
 _FORMATS: Final = {
@@ -170,32 +177,34 @@ def _parse_cie(data: bytes, at: int, end: int) -> Cie | None:
     return Cie(found[2], end, code_align, data_align, found[0], found[1], bool(text))
 
 
-def _scan(section: Section) -> tuple[dict[int, int], I64]:
-    """Ends of the CIEs by where they begin, and (m, 3) begin, end and CIE of the others."""
+def _scan(section: Section) -> tuple[dict[int, tuple[int, int]], I64]:
+    """What the CIEs have to say (begin, end) by where they are, and of the others (m, 3): begin and
+    end of what they have to say, and where their CIE is."""
     data, size, eh = section.data, len(section.data), section.eh
-    marker = 0 if eh else 0xFFFF_FFFF
-    shared: dict[int, int] = {}
+    marker = 0 if eh else _SHARED
+    shared: dict[int, tuple[int, int]] = {}
     others: list[tuple[int, int, int]] = []
     at, unpack = 0, _WORDS.unpack_from
     while at + 8 <= size:
         length, reference = unpack(data, at)
-        body = at + 4
+        body, word = at + 4, 4
         if length >= _EXTENDED:
-            if length != 0xFFFF_FFFF or body + 8 > size:
+            if length != _LONG or at + 20 > size:
                 break
-            at = body + 8 + int.from_bytes(data[body : body + 8], "little")
-            continue
-        if length >= 4:
-            end = body + length
-            if end > size:
-                break
+            length, reference = _LONG_WORDS.unpack_from(data, body)
+            body, word = at + 12, 8
+            reference = marker if reference == _LONG_SHARED else min(reference, size)
+        end = body + length
+        if end > size:
+            break
+        if length >= word and not (eh and word == 8):
             if reference == marker:
-                shared[at] = end
+                shared[at] = body + word, end
             else:
-                others.append((body + 4, end, body - reference if eh else reference))
+                others.append((body + word, end, body - reference if eh else reference))
             if len(others) + len(shared) > MAX_RECORDS:
                 raise CfiError("more records than any real section has")
-        at = body + length
+        at = end
     return shared, np.array(others, dtype=np.int64).reshape(-1, 3)
 
 
@@ -223,8 +232,7 @@ def read_programs(section: Section) -> Programs:
     if wanted.size > MAX_CIES:
         raise CfiError("more CIEs than any real section has")
     parsed = [
-        _parse_cie(section.data, at + 8, shared[at]) if at in shared else None
-        for at in wanted.tolist()
+        _parse_cie(section.data, *shared[at]) if at in shared else None for at in wanted.tolist()
     ]
     cies = [cie for cie in parsed if cie is not None]
     number = np.cumsum([cie is not None for cie in parsed], dtype=np.int64) - 1

@@ -18,7 +18,7 @@ U64 = npt.NDArray[np.uint64]
 U32 = npt.NDArray[np.uint32]
 U16 = npt.NDArray[np.uint16]
 
-FORMAT: Final = 1
+FORMAT: Final = 2
 """Changes with the layout of the bytes and with what is made of the same section."""
 MAX_ROWS: Final = 8 << 20
 MAX_RULES: Final = 1 << 16
