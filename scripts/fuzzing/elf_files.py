@@ -14,7 +14,7 @@ from latrace.tracer.symbols.elf import BytesSource, ElfError, read_headers, read
 from latrace.tracer.symbols.frames import NAME_LIMIT
 from latrace.tracer.symbols.table import Image, SymbolTable
 from latrace.tracer.unwinding.records import CfiError
-from latrace.tracer.unwinding.sections import Place, compile_place, locate
+from latrace.tracer.unwinding.sections import Place, compile_places, locate, read_places
 from latrace.tracer.unwinding.table import UnwindTable
 
 from . import programs
@@ -76,13 +76,12 @@ def _check(case: bytes) -> None:
     with contextlib.suppress(ElfError):
         check_image(read_image(source))
     with contextlib.suppress(ElfError, CfiError):
-        place = locate(source)
-        if place is None:
-            return
-        hold(Place.from_dict(place.as_dict()) == place, "another place arrives")
-        data = source.read(place.offset, place.size)
-        if place.size <= _MOST_COMPILED:
-            table = compile_place(place, data)
+        places = locate(source)
+        arrived = [Place.from_dict(place.as_dict()) for place in places]
+        hold(arrived == places, "other places arrive")
+        data = read_places(source, places)
+        if len(data) <= _MOST_COMPILED:
+            table = compile_places(places, data)
             hold(UnwindTable.from_bytes(table.to_bytes()).to_bytes() == table.to_bytes(), "table")
 
 

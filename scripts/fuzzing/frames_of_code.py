@@ -16,7 +16,7 @@ from latrace.tracer.unwinding.cfi import compile_section
 from latrace.tracer.unwinding.leb import padded, sleb, sleb_at, uleb, uleb_at
 from latrace.tracer.unwinding.records import CfiError, Section, read_programs
 from latrace.tracer.unwinding.rules import sound
-from latrace.tracer.unwinding.sections import locate
+from latrace.tracer.unwinding.sections import Kind, locate
 from latrace.tracer.unwinding.table import TableError, UnwindTable
 
 from . import programs
@@ -35,14 +35,18 @@ def sections() -> tuple[Section, ...]:
     for path in (*programs.small(), *programs.real(*_MODULES)):
         source = BytesSource(FILES[path])
         try:
-            place = locate(source)
+            places = locate(source)
         except ElfError:
             continue
-        if place is not None and not place.packed:
-            data = source.read(place.offset, min(place.size, _MOST))
-            found.append(
-                Section(data, place.eh, place.address, place.data_base, place.low, place.high)
-            )
+        for place in places:
+            if place.kind is not Kind.STUBS and not place.packed:
+                data, eh = (
+                    source.read(place.offset, min(place.size, _MOST)),
+                    place.kind is Kind.EH_FRAME,
+                )
+                found.append(
+                    Section(data, eh, place.address, place.data_base, place.low, place.high)
+                )
     if not found:
         raise Missing("no call frame information: neither gcc nor a library")
     return tuple(found)

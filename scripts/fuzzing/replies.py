@@ -52,7 +52,7 @@ def _path() -> str:
 def _replies() -> tuple[bytes, ...]:
     """What an honest worker says: images, names, sections, a table, a refusal."""
     source = BytesSource(FILES[_path()])
-    image, place = read_image(source), locate(source)
+    image, places = read_image(source), locate(source)
     short = image.symbols
     if len(short) > 40:
         ends = short.name_ends[:40]
@@ -65,9 +65,9 @@ def _replies() -> tuple[bytes, ...]:
         wire.blobs_reply(b"", table.to_bytes()),
         [wire.failure(wire.STATUS_BAD_FILE)],
     ]
-    if place is not None:
-        data = source.read(place.offset, min(place.size, 2000))
-        fields = {**place.as_dict(), "size": len(data)}
+    if places:
+        data = source.read(places[0].offset, min(places[0].size, 2000))
+        fields = [{**places[0].as_dict(), "size": len(data)}]
         pieces.append(wire.blobs_reply(json.dumps(fields).encode(), data))
     return tuple(b"".join(parts) for parts in pieces)
 

@@ -30,6 +30,7 @@ WORKLOADS = Path(__file__).parents[1] / "workloads"
 SCRIPT = Path(__file__).with_name("gdb_samples.py")
 FRAMES = WORKLOADS / "unwind_frames.c"
 THROW = WORKLOADS / "unwind_throw.cc"
+RUST = WORKLOADS / "unwind_frames.rs"
 CPU = Path("/proc/cpuinfo").read_text()
 BUILDS = {
     "plain": (FRAMES, "-O2 -fomit-frame-pointer -Wl,-z,lazy"),
@@ -37,8 +38,23 @@ BUILDS = {
     "unoptimised": (FRAMES, "-O0 -no-pie -Wl,-z,lazy"),
     "wide": (FRAMES, "-O3 -mavx2 -fcf-protection=full -Wl,-z,lazy"),
     "static": (FRAMES, "-O2 -static"),
+    "static_pie": (FRAMES, "-O2 -static-pie -Wl,-z,now"),
+    "elsewhere": (FRAMES, "-O2 -Wl,-z,lazy -Wl,-Ttext-segment=0x5000000"),
+    # Its own functions in .debug_frame, those of the libraries it is linked with in .eh_frame.
+    "debug_frame": (
+        FRAMES,
+        "-O2 -static -g -gdwarf64 -fno-asynchronous-unwind-tables -fno-dwarf2-cfi-asm",
+    ),
     "throw": (THROW, "-O2 -Wl,-z,lazy"),
     "throw_plain": (THROW, "-O0 -Wl,-z,now"),
+}
+if shutil.which("rustc") is not None:
+    BUILDS["rust"] = RUST, "-O"
+    BUILDS["rust_plain"] = RUST, "-C force-unwind-tables=yes"
+COMPILERS = {
+    ".c": ["gcc", "-pthread", "-w"],
+    ".cc": ["g++", "-pthread", "-w"],
+    ".rs": ["rustc", "--edition=2021"],
 }
 
 needs_tools = pytest.mark.skipif(
@@ -118,9 +134,8 @@ def stacks_of(folder: Path, samples: list[Any], space: int) -> Stacks:
 def sampled(folder: Path, source: Path, options: str) -> Sampled:
     folder.mkdir(exist_ok=True)
     program = folder / "program"
-    compiler = "g++" if source.suffix == ".cc" else "gcc"
     chosen = [each for each in options.split() if each != "-mavx2" or "avx2" in CPU]
-    build = [compiler, "-pthread", "-w", *chosen, "-o", str(program), str(source)]
+    build = [*COMPILERS[source.suffix], *chosen, "-o", str(program), str(source)]
     subprocess.run(build, check=True)
     # Without a debug server, and with nothing of what the user's gdb does.
     gdb = ["gdb", "-nx", "-batch", "-iex", "set debuginfod enabled off", "-x", str(SCRIPT)]
@@ -163,3 +178,11 @@ def test_stacks_are_those_that_gdb_finds(everything: dict[str, Sampled]) -> None
 def test_nearly_all_walks_reach_the_root(everything: dict[str, Sampled]) -> None:
     ends = Counter(end for program in everything.values() for end in program.walks.ends.tolist())
     assert ends[End.WHOLE] > 0.97 * sum(ends.values()), ends
+
+
+@needs_tools
+def test_nothing_is_unknown_in_a_static_program(everything: dict[str, Sampled]) -> None:
+    """Its stubs, which no call frame information is about, are walked as well."""
+    for name in ("static", "static_pie", "debug_frame"):
+        ends = everything[name].walks.ends
+        assert not (ends == End.NO_RULE).any(), name

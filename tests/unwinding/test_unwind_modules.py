@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from latrace.tracer.symbols.client import Worker
 from latrace.tracer.unwinding.cache import TableCache, key_of
 from latrace.tracer.unwinding.cfi import compile_section
 from latrace.tracer.unwinding.modules import ModuleTables
-from latrace.tracer.unwinding.sections import Place
+from latrace.tracer.unwinding.sections import Kind, Place
 from latrace.tracer.unwinding.table import UnwindTable
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: only root keeps tables")
@@ -116,7 +117,7 @@ def test_another_machine_has_no_table(worker: Worker, tmp_path: Path) -> None:
 
 # --- the cache
 
-PLACE = Place(0, 4, True, False, 0x2000, 0, 0x1000, 0x2000)
+PLACE = Place(0, 4, Kind.EH_FRAME, False, 0x2000, 0, 0x1000, 0x2000)
 
 
 def a_table() -> bytes:
@@ -124,16 +125,17 @@ def a_table() -> bytes:
 
 
 def test_the_key_is_all_that_a_table_is_made_of() -> None:
-    elsewhere = Place(**{**PLACE.as_dict(), "offset": 99})  # type: ignore[arg-type]
-    moved = Place(**{**PLACE.as_dict(), "address": 0x2008})  # type: ignore[arg-type]
-    assert key_of(PLACE, b"abcd") == key_of(elsewhere, b"abcd")
-    assert key_of(PLACE, b"abcd") != key_of(PLACE, b"abce")
-    assert key_of(PLACE, b"abcd") != key_of(moved, b"abcd")
+    elsewhere = replace(PLACE, offset=99)
+    moved = replace(PLACE, address=0x2008)
+    assert key_of([PLACE], b"abcd") == key_of([elsewhere], b"abcd")
+    assert key_of([PLACE], b"abcd") != key_of([PLACE], b"abce")
+    assert key_of([PLACE], b"abcd") != key_of([moved], b"abcd")
+    assert key_of([PLACE, moved], b"abcd") != key_of([moved, PLACE], b"abcd")
 
 
 @needs_root
 def test_what_is_damaged_counts_as_missing(cache: TableCache, tmp_path: Path) -> None:
-    key, data = key_of(PLACE, b"abcd"), a_table()
+    key, data = key_of([PLACE], b"abcd"), a_table()
     assert cache.find(key) is None
     cache.keep(key, data)
     found = cache.find(key)
@@ -148,7 +150,7 @@ def test_what_is_damaged_counts_as_missing(cache: TableCache, tmp_path: Path) ->
 
 @needs_root
 def test_what_others_can_write_is_not_believed(cache: TableCache, tmp_path: Path) -> None:
-    key = key_of(PLACE, b"abcd")
+    key = key_of([PLACE], b"abcd")
     cache.keep(key, a_table())
     folder = tmp_path / "cache"
     assert folder.stat().st_mode & 0o777 == 0o700
@@ -167,7 +169,7 @@ def test_what_others_can_write_is_not_believed(cache: TableCache, tmp_path: Path
 def test_the_longest_unused_go_first(tmp_path: Path) -> None:
     data = a_table()
     cache = TableCache(tmp_path / "cache", size_limit=3 * len(data) + 200)
-    keys = [key_of(PLACE, bytes([number])) for number in range(4)]
+    keys = [key_of([PLACE], bytes([number])) for number in range(4)]
     for key in keys[:3]:
         cache.keep(key, data)
         time.sleep(0.01)
@@ -179,5 +181,5 @@ def test_the_longest_unused_go_first(tmp_path: Path) -> None:
 
 def test_without_a_place_for_it_nothing_is_kept(tmp_path: Path) -> None:
     cache = TableCache(tmp_path / "no" / "such")
-    cache.keep(key_of(PLACE, b"abcd"), a_table())
-    assert cache.find(key_of(PLACE, b"abcd")) is None
+    cache.keep(key_of([PLACE], b"abcd"), a_table())
+    assert cache.find(key_of([PLACE], b"abcd")) is None

@@ -14,6 +14,8 @@ from unwind_modules import cfa_of, module, section_of
 from unwind_sections import (
     ADDRESS,
     GOT,
+    HIGH,
+    LOW,
     START,
     block,
     cie,
@@ -28,8 +30,17 @@ from latrace.tracer.unwinding import rules
 from latrace.tracer.unwinding.cfi import compile_section
 from latrace.tracer.unwinding.expressions import NOT_UNDERSTOOD, understand
 from latrace.tracer.unwinding.records import CfiError, Section
-from latrace.tracer.unwinding.rules import BAD_RULE, CFA, CFA_OFFSET, NO_RULE, Rules
-from latrace.tracer.unwinding.table import TableError, UnwindTable
+from latrace.tracer.unwinding.rules import (
+    BAD_RULE,
+    CFA,
+    CFA_OFFSET,
+    MEMORY,
+    NO_RULE,
+    RETURN,
+    Rules,
+)
+from latrace.tracer.unwinding.sections import Kind, Place, compile_place
+from latrace.tracer.unwinding.table import TableError, UnwindTable, overlaid
 
 PLAIN = (CFA_OFFSET, 7, 8, 0)
 OFFSET_16 = b"\x0e\x10"
@@ -323,6 +334,77 @@ def check_sound_programs(bodies: list[bytes], first: bytes) -> None:
 @given(st.lists(programs, min_size=1, max_size=4), register_rules)
 def test_any_sound_program_says_what_pyelftools_decodes(bodies: list[bytes], first: bytes) -> None:
     check_sound_programs(bodies, first)
+
+
+# --- several sections of one file
+
+# The third one is not understood: an expression of another shape.
+_BODIES = (OFFSET_16, b"\x0e\x20", b"\x0f\x01\x96")
+functions_anywhere = st.lists(
+    st.tuples(st.integers(LOW, LOW + 40), st.integers(1, 12), st.sampled_from(_BODIES)), max_size=8
+)
+
+
+@settings(deadline=None)
+@given(functions_anywhere, functions_anywhere)
+def test_of_two_tables_the_first_counts_where_it_says_something(
+    above: list[tuple[int, int, bytes]], below: list[tuple[int, int, bytes]]
+) -> None:
+    first = compile_section(section_of_functions(above))
+    second = compile_section(section_of_functions(below, cie(start=START + b"\x86\x02")))
+    both = UnwindTable.from_bytes(overlaid(first, second).to_bytes())
+    everywhere = np.arange(LOW - 2, LOW + 60, dtype=np.uint64)
+    numbers = [table.lookup(everywhere).tolist() for table in (first, second, both)]
+    for one, two, found in zip(*numbers, strict=True):
+        table, number = (first, one) if one > BAD_RULE or two == NO_RULE else (second, two)
+        assert both.rules[found] == table.rules[number]
+        # The first two rules of all tables are alike but for what they stand for.
+        assert min(found, 2) == min(number, 2)
+
+
+def test_tables_that_are_far_apart_are_not_put_together() -> None:
+    near = compile_section(section_of_functions([(0x4000, 0x10, OFFSET_16)]))
+    far = UnwindTable(1 << 40, near.pcs, near.rule, near.rules)
+    assert overlaid(near, far) is near
+
+
+JUMP = b"\xff\x25\1\2\3\4"
+STUBS = [
+    (JUMP + b"\x66\x90", 8),
+    (b"\xf2" + JUMP + b"\x90", 8),
+    (b"\xf3\x0f\x1e\xfa" + JUMP + b"\x66\x0f\x1f\x44\0\0", 16),
+    (b"\xf3\x0f\x1e\xfa\xf2" + JUMP + b"\x0f\x1f\x44\0\0", 16),
+    (JUMP + b"\xcc" * 10, 16),
+    # The first stub of a lazy table pushes before it jumps, the others after they did.
+    (b"\xff\x35\1\2\3\4" + JUMP + b"\x0f\x1f\x40\0", 0),
+    (JUMP + b"\x68\1\0\0\0\xe9\0\0\0\0", 6),
+    (b"\x55" + JUMP, 0),
+]
+
+
+@pytest.mark.parametrize(("code", "known"), STUBS)
+def test_stubs_that_only_jump_have_the_return_address_on_top(code: bytes, known: int) -> None:
+    for times in (1, 3):
+        place = Place(0, len(code) * times, Kind.STUBS, False, 0x4000, 0, LOW, HIGH)
+        table = compile_place(place, code * times)
+        covered = known * times if known == len(code) else known
+        found = table.lookup(np.arange(0x4000, 0x4000 + len(code) * times, dtype=np.uint64))
+        assert (found[:covered] > BAD_RULE).all() and (found[covered:] == NO_RULE).all()
+        if covered:
+            rule = table.rules[found[0]]
+            assert cfa_of(rule) == PLAIN
+            assert register(rule, RETURN) == (MEMORY, CFA, -8)
+    outside = Place(0, len(code), Kind.STUBS, False, HIGH, 0, LOW, HIGH)
+    assert not len(compile_place(outside, code))
+
+
+def test_a_megabyte_of_stubs_takes_little_time() -> None:
+    began = time.monotonic()
+    for code in (JUMP + b"\x66\x90", JUMP + b"\x90" * 10, b"\xf2" + JUMP):
+        data = code * ((1 << 20) // len(code)) + b"\xff"
+        place = Place(0, len(data), Kind.STUBS, False, 0x4000, 0, LOW, 1 << 30)
+        assert compile_place(place, data).pcs[-1] == len(data) - 1
+    assert time.monotonic() - began < 2
 
 
 # --- what nobody should write

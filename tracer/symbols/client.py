@@ -94,16 +94,16 @@ class Worker:
         return self._ask(request, b"", fd, self._file_timeout_s, wire.read_image)
 
     def section(self, fd: int) -> tuple[bytes, bytes] | int:
-        """What the call frame information of the file behind `fd` is (JSON), and its bytes.
+        """Where the file behind `fd` has call frame information (JSON), and the sections' bytes.
 
         Both are empty where it has none. An int is a status of `wire`. Raises WorkerError.
         """
         return self._ask({"op": "section"}, b"", fd, self._file_timeout_s, wire.read_blobs)
 
-    def unwind_table(self, fields: dict[str, int], section: bytes) -> bytes | int:
-        """The table made of such a section. An int is a status of `wire`. Raises WorkerError."""
-        request = {"op": "unwind", "place": fields}
-        answer = self._ask(request, section, None, self._file_timeout_s, wire.read_blobs)
+    def unwind_table(self, fields: list[dict[str, int]], sections: bytes) -> bytes | int:
+        """The table made of such sections. An int is a status of `wire`. Raises WorkerError."""
+        request = {"op": "unwind", "places": fields}
+        answer = self._ask(request, sections, None, self._file_timeout_s, wire.read_blobs)
         return answer if isinstance(answer, int) else answer[1]
 
     def demangle(self, names: Sequence[bytes]) -> list[bytes]:

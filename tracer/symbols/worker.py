@@ -22,7 +22,7 @@ from latrace.tracer.symbols.elf import ElfError, FdSource, read_image
 from latrace.tracer.symbols.table import Image, merge
 from latrace.tracer.unprivileged import drop_rights, limit_request
 from latrace.tracer.unwinding.records import CfiError
-from latrace.tracer.unwinding.sections import Place, compile_place, locate
+from latrace.tracer.unwinding.sections import Place, compile_places, locate, read_places
 
 MEMORY_LIMIT: Final = 2 << 30
 """Address space, in bytes: above what the largest accepted file needs."""
@@ -57,10 +57,10 @@ def rehearse(demangler: Demangler) -> None:
         image = read_image(FdSource(fd))
         wire.image_reply(image)
         merge(image.symbols, image.symbols)
-        place, section = _section(fd)
-        if place is not None:
-            # Its first functions do: what the end cuts is left out.
-            compile_place(place, section[:_REHEARSED]).to_bytes()
+        places, sections = _sections(fd)
+        if places:
+            # The first functions do: what the end cuts is left out.
+            compile_places(places, sections[:_REHEARSED]).to_bytes()
     except (ElfError, CfiError):
         pass  # a wrapped interpreter; then only the first file is parsed more slowly
     finally:
@@ -84,17 +84,17 @@ def _belongs(fd: int, image: Image, request: dict[str, Any]) -> bool:
     return image.build_id == build_id if build_id else _crc(fd) == request["crc"]
 
 
-def _section(fd: int) -> tuple[Place | None, bytes]:
+def _sections(fd: int) -> tuple[list[Place], bytes]:
     source = FdSource(fd)
-    place = locate(source)
-    return place, b"" if place is None else source.read(place.offset, place.size)
+    places = locate(source)
+    return places, read_places(source, places)
 
 
 def _about_file(op: str, fd: int, request: dict[str, Any]) -> list[bytes]:
     if op == "section":
-        place, section = _section(fd)
-        fields = b"" if place is None else json.dumps(place.as_dict()).encode()
-        return wire.blobs_reply(fields, section)
+        places, sections = _sections(fd)
+        fields = json.dumps([place.as_dict() for place in places]).encode() if places else b""
+        return wire.blobs_reply(fields, sections)
     image = read_image(FdSource(fd))
     if op == "debug" and not _belongs(fd, image, request):
         return [wire.failure(wire.STATUS_MISMATCH)]
@@ -105,8 +105,8 @@ def _answer(request: dict[str, Any], payload: bytes, fds: list[int]) -> list[byt
     """The reply to a request about a file, or about a section of one."""
     try:
         if request["op"] == "unwind":
-            place = Place.from_dict(request["place"])
-            return wire.blobs_reply(b"", compile_place(place, payload).to_bytes())
+            places = [Place.from_dict(fields) for fields in request["places"]]
+            return wire.blobs_reply(b"", compile_places(places, payload).to_bytes())
         return _about_file(request["op"], fds[0], request)
     except MemoryError:
         return [wire.failure(wire.STATUS_LIMIT)]

@@ -1,6 +1,6 @@
 """Unwinding tables kept between runs: the sections of a few modules take longer than their stacks.
 
-A table is kept under a digest of all that it was made of: the section's bytes, what they are
+A table is kept under a digest of all that it was made of: the sections' bytes, what they are
 relative to, and the format; a build id is only what a file says of itself. The directory and its
 files are root's alone. A file that is damaged, or whose keeper is another user, counts as missing;
 where there is no cache to be had, nothing is kept.
@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
@@ -25,14 +26,15 @@ SIZE_LIMIT: Final = 256 << 20
 _SUFFIX: Final = ".unwind"
 
 
-def key_of(place: Place, section: bytes) -> str:
-    """The name under which the table of this section is kept."""
+def key_of(places: Sequence[Place], data: bytes) -> str:
+    """The name under which the table of these sections is kept."""
     digest = hashlib.sha256()
-    fields = place.as_dict()
-    # Where the section is in its file makes no difference to what is in it.
-    del fields["offset"]
-    digest.update(repr((FORMAT, sorted(fields.items()))).encode())
-    digest.update(section)
+    fields = [place.as_dict() for place in places]
+    for each in fields:
+        # Where a section is in its file makes no difference to what is in it.
+        del each["offset"]
+    digest.update(repr((FORMAT, [sorted(each.items()) for each in fields])).encode())
+    digest.update(data)
     return digest.hexdigest() + _SUFFIX
 
 

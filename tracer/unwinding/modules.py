@@ -1,10 +1,11 @@
 """The table of a file that a target has mapped: kept from before, or made by the worker.
 
 Two workers take part, because a table is believed by later runs, about other processes. The one
-that parses the targets' files says where a section is and reads it; were it taken over by what it
-parsed, it could lie about this file now, and no more. The table is then made by a worker that was
-started for it and has seen nothing but that section, and is kept under a digest of the very bytes
-that this worker got. So what is found under a digest depends on the bytes with that digest alone.
+that parses the targets' files says where the sections are and reads them; were it taken over by
+what it parsed, it could lie about this file now, and no more. The table is then made by a worker
+that was started for it and has seen nothing but those sections, and is kept under a digest of the
+very bytes that this worker got. So what is found under a digest depends on the bytes with that
+digest alone.
 """
 
 from __future__ import annotations
@@ -43,25 +44,24 @@ class ModuleTables:
             answer = self._worker.section(fd)
             if isinstance(answer, int):
                 return wire.STATUS_WORDS[answer]
-            fields, section = answer
+            fields, data = answer
             if not fields:
                 return "without call frame information"
-            place = Place.from_dict(json.loads(fields))
-            return self._table(place, section)
+            return self._table([Place.from_dict(each) for each in json.loads(fields)], data)
         except WorkerError as error:
             return str(error)
         except (ValueError, KeyError, TypeError, TableError, RecursionError):
             return "the worker talks nonsense"
 
-    def _table(self, place: Place, section: bytes) -> UnwindTable | str:
-        key = key_of(place, section)
+    def _table(self, places: list[Place], sections: bytes) -> UnwindTable | str:
+        key = key_of(places, sections)
         known = None if self._cache is None else self._cache.find(key)
         if known is not None:
             self.found += 1
             return known
         worker = self._another()
         try:
-            data = worker.unwind_table(place.as_dict(), section)
+            data = worker.unwind_table([place.as_dict() for place in places], sections)
         finally:
             worker.close()
         if isinstance(data, int):

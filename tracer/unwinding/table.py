@@ -12,7 +12,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from .rules import NO_RULE, RULE, Rules, sound
+from .rules import BAD_RULE, NO_RULE, RULE, Rules, fixed_rules, sound
 
 U64 = npt.NDArray[np.uint64]
 U32 = npt.NDArray[np.uint32]
@@ -53,6 +53,10 @@ class UnwindTable:
     def nbytes(self) -> int:
         """Memory held, in bytes."""
         return int(self.pcs.nbytes + self.rule.nbytes + self.rules.nbytes)
+
+    def addresses(self) -> U64:
+        """Where rules begin to hold: ELF virtual addresses. (n,) uint64."""
+        return self.pcs.astype(np.uint64) + np.uint64(self.base)
 
     def lookup(self, vaddrs: U64) -> U16:
         """Index of the rule for each ELF virtual address. (m,) to (m,) uint16."""
@@ -104,3 +108,30 @@ class UnwindTable:
         if not sound(table.rules):
             raise TableError("a rule that cannot be")
         return table
+
+
+def overlaid(first: UnwindTable, second: UnwindTable) -> UnwindTable:
+    """What the first one says, and where it says nothing that is understood, the second one.
+
+    The first one alone, where both together would be more than a table can hold.
+    """
+    if not len(second):
+        return first
+    if not len(first):
+        return second
+    own = len(fixed_rules())
+    addresses = np.union1d(first.addresses(), second.addresses())
+    base = int(addresses[0])
+    count = len(first.rules) + len(second.rules) - own
+    if int(addresses[-1]) - base > 0xFFFF_FFFF or addresses.size > MAX_ROWS or count > MAX_RULES:
+        return first
+    above, below = first.lookup(addresses), second.lookup(addresses)
+    moved = np.where(below >= own, below + np.uint16(len(first.rules) - own), below)
+    rule = np.where((above <= BAD_RULE) & (below != NO_RULE), moved, above)
+    fresh = np.append(True, rule[1:] != rule[:-1])
+    return UnwindTable(
+        base,
+        (addresses - np.uint64(base))[fresh].astype(np.uint32),
+        rule[fresh].astype(np.uint16),
+        np.concatenate([first.rules, second.rules[own:]]),
+    )
