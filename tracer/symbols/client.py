@@ -18,15 +18,35 @@ FILE_TIMEOUT_S: Final = 20.0
 NAMES_TIMEOUT_S: Final = 5.0
 START_TIMEOUT_S: Final = 10.0
 MAX_FAILED_STARTS: Final = 3
-MAX_DEADLY_NAMES: Final = 8
+MAX_DEADLY_NAMES: Final = 4
 NAMES_PER_REQUEST: Final = 4096
 _ENDS_WITHIN_S: Final = 5.0
+_PING: Final = {"op": "demangle", "count": 0}
 
 T = TypeVar("T")
 
 
 class WorkerError(Exception):
     """The worker died, was too slow, or talked nonsense; it has been ended."""
+
+
+class _Patience:
+    """How long names are tried one by one: for so many seconds, and until so many were deadly."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._until: float | None = None
+        self.deadly = 0
+
+    def begin(self) -> None:
+        """The time runs from now on, if it did not."""
+        self._until = self._until or time.monotonic() + self._seconds
+
+    @property
+    def lasts(self) -> bool:
+        """Whether another name may be tried."""
+        late = self._until is not None and time.monotonic() > self._until
+        return not late and self.deadly < MAX_DEADLY_NAMES
 
 
 class Worker:
@@ -109,24 +129,28 @@ class Worker:
     def demangle(self, names: Sequence[bytes]) -> list[bytes]:
         """Readable forms, the name itself where there is none. Never raises.
 
-        A name that kills the worker stays mangled and does not take its neighbours along.
+        A name that kills the worker stays mangled and does not take its neighbours along, unless
+        there are many such names, or slow ones: then the rest stays mangled.
         """
         result: list[bytes] = []
+        patience = _Patience(self._names_timeout_s)
         for begin in range(0, len(names), NAMES_PER_REQUEST):
             batch = list(names[begin : begin + NAMES_PER_REQUEST])
             try:
-                result += self._demangle(batch)
+                result += self._demangle(batch) if patience.lasts else batch
             except WorkerError:
-                result += self._demangle_singly(batch)
+                # What an ordinary request may take besides, for all of them together.
+                patience.begin()
+                result += self._demangle_singly(batch, patience)
         return result
 
-    def _demangle_singly(self, names: list[bytes]) -> list[bytes]:
-        result, deadly = [], 0
+    def _demangle_singly(self, names: list[bytes], patience: _Patience) -> list[bytes]:
+        result = []
         for name in names:
             try:
-                result += self._demangle([name]) if deadly < MAX_DEADLY_NAMES else [name]
+                result += self._demangle([name]) if patience.lasts else [name]
             except WorkerError:
-                deadly += 1
+                patience.deadly += 1
                 result.append(name)
         return result
 
@@ -148,6 +172,9 @@ class Worker:
         reply: Callable[[wire.Read], T],
     ) -> T:
         self.start()
+        if not self._served and request is not _PING:
+            # One that its first file or name ends must not look like one that does not start.
+            self._ask(_PING, b"", None, timeout_s, lambda read: wire.read_names(read, 0))
         connection = self._connection
         if connection is None:
             raise WorkerError("the worker does not run")

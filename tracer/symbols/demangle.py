@@ -7,6 +7,7 @@ demangler there is; it runs in the worker, where a crash in it costs a name and 
 from __future__ import annotations
 
 import ctypes
+import signal
 from typing import Final
 
 from latrace.tracer.symbols.frames import NAME_LIMIT
@@ -21,7 +22,12 @@ _PLT = b"@plt"
 class Demangler:
     """Turns mangled names into readable ones; loads the C++ runtime when made."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, deadly_after_s: float = 0.0) -> None:
+        """`deadly_after_s`: CPU seconds after which a name ends the process (SIGPROF).
+
+        A short C++ name can describe an endless one, and the C++ runtime can't be interrupted.
+        """
+        self._deadly_after_s = deadly_after_s
         self._demangle = None
         for library in ("libstdc++.so.6", "libc++abi.so.1"):
             try:
@@ -44,6 +50,15 @@ class Demangler:
 
     def __call__(self, name: bytes) -> bytes:
         """The readable form, at most `NAME_LIMIT` bytes; the name itself when there is none."""
+        if not self._deadly_after_s:
+            return self._readable(name)
+        signal.setitimer(signal.ITIMER_PROF, self._deadly_after_s)
+        try:
+            return self._readable(name)
+        finally:
+            signal.setitimer(signal.ITIMER_PROF, 0)
+
+    def _readable(self, name: bytes) -> bytes:
         stem, suffix = (name[: -len(_PLT)], _PLT) if name.endswith(_PLT) else (name, b"")
         rust = demangle_rust(stem.decode("ascii", "replace"))
         readable = rust.encode("utf-8", "replace") if rust is not None else self._cxx(stem)

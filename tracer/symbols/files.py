@@ -63,6 +63,13 @@ class MappedFile:
     shown_path: str | None = None
     build_id: str | None = None
 
+    def name(self, index: int) -> str:
+        """What a symbol is called, readable if that is known."""
+        known = self.names.get(index)
+        if known is None:
+            known = "" if self.image is None else clean(self.image.symbols.name(index))
+        return known
+
     def locate(self, offsets: U64) -> tuple[U64, I64, Bools]:
         """File offsets to virtual addresses, symbol indices (-1), and which addresses are known.
 
@@ -182,8 +189,11 @@ class FileTable:
             return Image(image.segments, symbols, True, image.build_id, b"", 0)
         return image
 
-    def names(self, wanted: list[tuple[MappedFile, I64]]) -> None:
-        """See that `file.names` has the readable names of these symbols (indices, may repeat)."""
+    def names(self, wanted: list[tuple[MappedFile, I64]], *, trusted: bool = True) -> None:
+        """See that the files have the readable names of these symbols (indices, may repeat).
+
+        Without `trusted` only those that are as they are read; the others stay mangled.
+        """
         missing: list[tuple[MappedFile, int]] = []
         raw: list[bytes] = []
         for file, indices in wanted:
@@ -194,8 +204,9 @@ class FileTable:
                     continue
                 name = file.image.symbols.name(index)
                 if name.startswith(PREFIXES):
-                    missing.append((file, index))
-                    raw.append(name)
+                    if trusted:
+                        missing.append((file, index))
+                        raw.append(name)
                 else:
                     file.names[index] = clean(name)
         if missing:

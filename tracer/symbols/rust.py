@@ -15,7 +15,8 @@ OUTPUT_LIMIT: Final = 4096
 _DEPTH_LIMIT: Final = 128
 _WORK_LIMIT: Final = 1 << 16
 
-_LEGACY = re.compile(r"_ZN((?:[1-9][0-9]*)?.*17h[0-9a-f]{16})E([.@].*)?")
+# One repetition and no more: a second one takes quadratic time.
+_LEGACY = re.compile(r"_ZN(.*17h[0-9a-f]{16})E([.@].*)?")
 _LEGACY_ESCAPES: Final = {
     "SP": "@",
     "BP": "*",

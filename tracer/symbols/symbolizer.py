@@ -38,7 +38,7 @@ CACHE_LIMIT: Final = 1 << 18
 NEW_FILES_LIMIT: Final = 1024
 """Files opened for one process in one look at its maps."""
 DEATHS_LIMIT: Final = 3
-"""A process whose files ended the worker so often gets no more of them parsed."""
+"""A process whose files or names ended the worker so often gets no more of them parsed."""
 JIT_REMEMBER_BYTES: Final = 1 << 20
 JIT_RESOLVE_BYTES: Final = 32 << 20
 """How much of a perf map one call indexes at most: a growing one cannot hold us up."""
@@ -470,7 +470,9 @@ class Symbolizer:
                 )
                 in_file[mine] = file.image is not None
                 named.append((file, symbols[mine]))
-        self._files.names(named)
+        before = self._troubles
+        self._files.names(named, trusted=process.deaths < DEATHS_LIMIT)
+        process.deaths += self._troubles - before
 
         if not in_file.all():
             self.renamed(tgid)
@@ -495,7 +497,7 @@ class Symbolizer:
                 # A file may say that it is loaded up to the last address there is.
                 start = 0 if symbol < 0 else int(owner.image.symbols.starts[symbol])
                 frame = Frame(
-                    None if symbol < 0 else owner.names[symbol],
+                    None if symbol < 0 else owner.name(symbol),
                     owner.module,
                     value + back - start & _HIGHEST,
                     "user",
@@ -515,9 +517,14 @@ class Symbolizer:
         if process.deaths >= DEATHS_LIMIT:
             self._counts["files_distrusted"] += 1
             return
-        before = self._worker.deaths + self._worker.timeouts
+        before = self._troubles
         self._files.image(file)
-        process.deaths += self._worker.deaths + self._worker.timeouts - before
+        process.deaths += self._troubles - before
+
+    @property
+    def _troubles(self) -> int:
+        """How often the worker had to be started anew, whoever's file or name it was."""
+        return self._worker.deaths + self._worker.timeouts
 
     def _resolve_jit(
         self, process: _Process, wanted: U64, positions: npt.NDArray[np.int64]

@@ -28,6 +28,8 @@ MEMORY_LIMIT: Final = 2 << 30
 """Address space, in bytes: above what the largest accepted file needs."""
 REQUEST_CPU_S: Final = 20
 LIFETIME_CPU_S: Final = 3600
+NAME_CPU_S: Final = 0.2
+"""An honest name of the longest kind takes a hundredth of that."""
 NICENESS: Final = 10
 """Names can wait, and the targets should not: what they wait for must not be this."""
 MAX_DEBUG_FILE: Final = 1 << 30
@@ -155,7 +157,7 @@ def main() -> int:
     """Serve until the tracer hangs up."""
     os.nice(NICENESS)
     connection = socket.socket(fileno=int(sys.argv[1]))
-    demangler = Demangler()
+    demangler = Demangler(deadly_after_s=NAME_CPU_S)
     rehearse(demangler)
     drop_rights(connection.fileno(), limits=LIMITS)
     server = _Server(connection, demangler)

@@ -115,6 +115,14 @@ def test_a_short_name_cannot_describe_an_endless_one():
     assert time.process_time() - began < 30
 
 
+def test_a_long_name_takes_time_in_proportion():
+    name = "_ZN" + "1" * 4090
+    began = time.process_time()
+    for _ in range(100):
+        assert demangle_rust(name) is None
+    assert time.process_time() - began < 1
+
+
 def test_deep_nesting_ends():
     assert demangle_rust("_RINvC1a1f" + "R" * 100_000 + "uE") is None
     assert demangle_rust("_R" + "NvC1a1b" * 50_000) is None

@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from latrace.tracer.symbols.client import Worker
 from latrace.tracer.symbols.demangle import Demangler
 from latrace.tracer.symbols.elf import BytesSource, read_image
 from latrace.tracer.symbols.perfmap import perf_map_path
-from latrace.tracer.symbols.symbolizer import LOOK_AGAIN_S
+from latrace.tracer.symbols.symbolizer import DEATHS_LIMIT, LOOK_AGAIN_S
 
 NOBODY = 65534
 KINDS = {
@@ -658,6 +658,33 @@ def test_a_process_whose_files_kill_the_worker_is_distrusted(tmp_path):
         # A file that failed is not tried again.
         symbolizer.user(pid, addresses(printed["main"] + 1))
         assert symbolizer.stats["worker"]["deaths"] == 2
+    symbolizer.close()
+
+
+class Dying(Worker):
+    """A worker that every name ends."""
+
+    asked = 0
+
+    def demangle(self, names: Sequence[bytes]) -> list[bytes]:
+        self.asked += 1
+        self.deaths += 1
+        return list(names)
+
+
+def test_a_process_whose_names_end_the_worker_is_distrusted(tmp_path):
+    source = tmp_path / "named.c"
+    lines = [f'int f{at}(void) __asm__("_Z2f{at}v"); int f{at}(void) {{ return {at}; }}'
+             for at in range(6)]  # fmt: skip
+    lines += ["#include <stdio.h>", "#include <unistd.h>", "int main(void) {"]
+    lines += [f'printf("f{at} %p\\n", (void *)f{at});' for at in range(6)]
+    source.write_text("\n".join([*lines, 'puts("value 0"); fflush(stdout); pause(); }']))
+    dying = Dying()
+    symbolizer = Symbolizer(worker=dying)
+    with running(build(source, tmp_path / "named")) as (pid, printed):
+        found = [frame(symbolizer, pid, addr).symbol for addr in printed.values()]
+    assert found == [f"_Z2f{at}v" for at in range(6)]
+    assert dying.asked == DEATHS_LIMIT
     symbolizer.close()
 
 

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +19,13 @@ from symbols_tools import SAMPLE, Functions, addresses, build, libc
 
 import latrace.tracer.symbols
 from latrace.tracer.symbols import wire
-from latrace.tracer.symbols.client import MAX_FAILED_STARTS, Worker, WorkerError
+from latrace.tracer.symbols.client import (
+    MAX_DEADLY_NAMES,
+    MAX_FAILED_STARTS,
+    NAMES_TIMEOUT_S,
+    Worker,
+    WorkerError,
+)
 from latrace.tracer.symbols.elf import FdSource, read_image
 from latrace.tracer.symbols.table import Image
 
@@ -165,6 +172,52 @@ def test_a_name_that_kills_the_demangler_costs_only_itself():
         names = [b"_Z1fi", b"_Zdeadly", b"_Z1gi", b"_Zdeadly"]
         assert running.demangle(names) == [b"f(int)", b"_Zdeadly", b"g(int)", b"_Zdeadly"]
         assert running.deaths == 3
+
+
+def endless(number: int) -> bytes:
+    """A C++ name of 330 letters that describes one of 2**30: A<B, B>, each B the one before."""
+    name, digits = b"_Z2f%da1AIiiE" % number, "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+    for at in range(30):
+        before = b"S%s_" % digits[at].encode()
+        name += b"S_I" + before + before + b"E"
+    return name
+
+
+@pytest.mark.parametrize("count", [1, 60])
+def test_names_that_never_end_cost_little_time(count):
+    endless_ones = [endless(number) for number in range(count)]
+    with worker() as running:
+        assert running.demangle([b"_Z1fi"]) == [b"f(int)"]
+        began = time.monotonic()
+        names = running.demangle([b"_Z1gi", *endless_ones, b"_Z1hi"])
+        assert time.monotonic() - began < 5 * NAMES_TIMEOUT_S
+        assert names[:-1] == [b"g(int)", *endless_ones]
+        # After so many nobody's name is worth the time.
+        assert names[-1] == (b"h(int)" if count == 1 else b"_Z1hi")
+        assert running.timeouts == 0 and running.deaths <= 1 + MAX_DEADLY_NAMES
+        assert running.demangle([b"_Z1hi"]) == [b"h(int)"]
+
+
+def test_slow_names_are_not_tried_for_ever():
+    code = DEADLY.replace("os._exit(1)", "time.sleep(0.3)").replace("os,", "os, time,")
+    with worker(command=(sys.executable, "-c", code), names_timeout_s=1.0) as running:
+        assert running.demangle([b"_Z1fi"]) == [b"f(int)"]
+        began = time.monotonic()
+        names = running.demangle([b"_Z1fi", *[b"_Zdeadly"] * 100])
+        assert len(names) == 101 and names[0] == b"f(int)" and names[-1] == b"_Zdeadly"
+        assert time.monotonic() - began < 10
+
+
+def test_files_that_kill_it_do_not_end_it_for_good():
+    code = DEADLY.replace(
+        "worker.main()", "worker._about_file = lambda *_: os._exit(1)\nworker.main()"
+    )
+    with worker(command=(sys.executable, "-c", code)) as running:
+        for deaths in range(1, 2 + MAX_FAILED_STARTS):
+            with pytest.raises(WorkerError, match="died"):
+                parse(running, libc())
+            assert running.deaths == deaths
+        assert running.demangle([b"_Z1fi"]) == [b"f(int)"]
 
 
 def status(pid: int) -> dict[str, str]:
