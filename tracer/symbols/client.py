@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import struct
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ from contextlib import suppress
 from typing import Any, Final, TypeVar
 
 from latrace.tracer.symbols import wire
+from latrace.tracer.symbols.elf import Links
 from latrace.tracer.symbols.table import Image
 
 FILE_TIMEOUT_S: Final = 20.0
@@ -106,24 +108,47 @@ class Worker:
 
     def elf(self, fd: int) -> Image | int:
         """Parse the file behind `fd`. An int is a status of `wire`. Raises WorkerError."""
-        return self._ask({"op": "elf"}, b"", fd, self._file_timeout_s, wire.read_image)
+        return self._ask({"op": "elf"}, b"", (fd,), self._file_timeout_s, wire.read_image)
 
     def debug(self, fd: int, *, build_id: bytes, crc: int) -> Image | int:
         """As `elf`, for a separate debug file that must belong to that build."""
         request = {"op": "debug", "build_id": build_id.hex(), "crc": crc}
-        return self._ask(request, b"", fd, self._file_timeout_s, wire.read_image)
+        return self._ask(request, b"", (fd,), self._file_timeout_s, wire.read_image)
+
+    def links(self, fd: int) -> Links | int:
+        """Which build the file behind `fd` is of, and what else there may be of it.
+
+        An int is a status of `wire`. Raises WorkerError.
+        """
+        return self._ask({"op": "links"}, b"", (fd,), self._file_timeout_s, wire.read_links)
+
+    def chains(
+        self, fd: int, addresses: Sequence[int], *, alt: int | None, build_id: bytes
+    ) -> tuple[list[list[int]], list[bytes]] | int:
+        """The functions at ELF virtual addresses by the DWARF behind `fd`, innermost first.
+
+        As places in a list of names (mangled). `alt`: what dwz put aside. Raises WorkerError.
+        """
+        count = len(addresses)
+        return self._ask(
+            {"op": "chains", "count": count, "build_id": build_id.hex()},
+            struct.pack(f"={count}Q", *addresses),
+            (fd,) if alt is None else (fd, alt),
+            self._file_timeout_s,
+            lambda read: wire.read_chains(read, count),
+        )
 
     def section(self, fd: int) -> tuple[bytes, bytes] | int:
         """Where the file behind `fd` has call frame information (JSON), and the sections' bytes.
 
         Both are empty where it has none. An int is a status of `wire`. Raises WorkerError.
         """
-        return self._ask({"op": "section"}, b"", fd, self._file_timeout_s, wire.read_blobs)
+        return self._ask({"op": "section"}, b"", (fd,), self._file_timeout_s, wire.read_blobs)
 
     def unwind_table(self, fields: list[dict[str, int]], sections: bytes) -> bytes | int:
         """The table made of such sections. An int is a status of `wire`. Raises WorkerError."""
         request = {"op": "unwind", "places": fields}
-        answer = self._ask(request, sections, None, self._file_timeout_s, wire.read_blobs)
+        answer = self._ask(request, sections, (), self._file_timeout_s, wire.read_blobs)
         return answer if isinstance(answer, int) else answer[1]
 
     def demangle(self, names: Sequence[bytes]) -> list[bytes]:
@@ -158,7 +183,7 @@ class Worker:
         return self._ask(
             {"op": "demangle", "count": len(names)},
             wire.names_payload(names),
-            None,
+            (),
             self._names_timeout_s,
             lambda read: wire.read_names(read, len(names)),
         )
@@ -167,14 +192,14 @@ class Worker:
         self,
         request: dict[str, Any],
         payload: bytes,
-        fd: int | None,
+        fds: Sequence[int],
         timeout_s: float,
         reply: Callable[[wire.Read], T],
     ) -> T:
         self.start()
         if not self._served and request is not _PING:
             # One that its first file or name ends must not look like one that does not start.
-            self._ask(_PING, b"", None, timeout_s, lambda read: wire.read_names(read, 0))
+            self._ask(_PING, b"", (), timeout_s, lambda read: wire.read_names(read, 0))
         connection = self._connection
         if connection is None:
             raise WorkerError("the worker does not run")
@@ -203,7 +228,7 @@ class Worker:
         try:
             connection.settimeout(remaining())
             message = header + text + payload
-            sent = socket.send_fds(connection, [message], [] if fd is None else [fd])
+            sent = socket.send_fds(connection, [message], fds)
             connection.sendall(message[sent:])
             answer = reply(read)
         except TimeoutError as error:

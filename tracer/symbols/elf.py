@@ -48,6 +48,8 @@ _STT_FUNC, _STT_GNU_IFUNC = 2, 10
 EM_X86_64 = 62
 _R_X86_64_GLOB_DAT, _R_X86_64_JUMP_SLOT = 6, 7
 _NT_GNU_BUILD_ID = 3
+_GO_NOTE_BYTES: Final = 16
+"""What comes before the text in a note of that name."""
 _U64_MAX: Final = np.uint64(0xFFFF_FFFF_FFFF_FFFF)
 
 
@@ -233,7 +235,17 @@ def _build_id(source: Source, headers: Headers) -> bytes:
                 # Anything but a digest of ordinary length is no key to look a file up with.
                 return found if 4 <= len(found) <= 64 else b""
             at = desc + (desc_size + 3 & ~3)
-    return b""
+    return _go_build_id(source, headers)
+
+
+def _go_build_id(source: Source, headers: Headers) -> bytes:
+    """The digest of its content that the Go linker wrote, in letters."""
+    section = headers.named(b".note.go.buildid")
+    if section is None:
+        return b""
+    note = _section_bytes(source, section, MAX_SMALL)
+    digest = note[_GO_NOTE_BYTES:].rstrip(b"\0").rpartition(b"/")[2]
+    return digest if note[12:16] == b"Go\0\0" and 4 <= len(digest) <= 64 else b""
 
 
 def _debuglink(source: Source, headers: Headers) -> tuple[bytes, int]:
@@ -464,3 +476,31 @@ def read_image(source: Source) -> Image:
     except ElfError:
         pass
     return Image(_segments(headers), symbols, symtab is not None, build_id, *link)
+
+
+@dataclass(frozen=True, slots=True)
+class Links:
+    """Which build a file is of, whether it has DWARF, and where more of it may be.
+
+    debuglink is a file name; altlink the path of what dwz put aside, with that file's build id.
+    """
+
+    build_id: bytes
+    dwarf: bool
+    debuglink: bytes
+    altlink: bytes
+    alt_build_id: bytes
+
+
+def read_links(source: Source) -> Links:
+    """Cheap beside `read_image`: headers, notes and links. Raises ElfError."""
+    headers = read_headers(source)
+    info = [headers.named(name) for name in (b".debug_info", b".zdebug_info")]
+    dwarf = any(one is not None and int(one["type"]) != _SHT_NOBITS for one in info)
+    altlink, alt_build_id = b"", b""
+    section = headers.named(b".gnu_debugaltlink")
+    if section is not None:
+        data = _section_bytes(source, section, NAME_LIMIT)
+        altlink, _, alt_build_id = data.partition(b"\0")
+    build_id = _build_id(source, headers)
+    return Links(build_id, dwarf, _debuglink(source, headers)[0], altlink, alt_build_id[:64])

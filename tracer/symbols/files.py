@@ -19,6 +19,8 @@ from latrace.tracer.symbols.frames import clean
 from latrace.tracer.symbols.procfs import Fd, Refused, open_beneath, regular, reopen
 from latrace.tracer.symbols.table import I64, U64, Image, merge
 
+DEBUG_FOLDER = b"/usr/lib/debug"
+"""Where packages put debug files."""
 OPEN_LIMIT: Final = 512
 """Descriptors kept for files that nobody has asked about yet."""
 KNOWN_LIMIT: Final = 1 << 16
@@ -171,7 +173,7 @@ class FileTable:
     def _with_debug_file(self, image: Image, path: bytes, root: Fd | None) -> Image:
         if image.symtab or root is None:
             return image
-        for candidate in _debug_paths(image, path):
+        for candidate in debug_paths(image.build_id, image.debuglink, path):
             try:
                 pinned = open_beneath(root.number, candidate)
                 regular(pinned)
@@ -229,18 +231,18 @@ class FileTable:
         self._pending.clear()
 
 
-def _debug_paths(image: Image, path: bytes) -> list[bytes]:
-    """Where gdb would look for the debug file, in its order."""
+def debug_paths(build_id: bytes, debuglink: bytes, path: bytes) -> list[bytes]:
+    """Where gdb would look for the debug file of the file at `path`, in its order."""
     found = []
-    if len(image.build_id) > 1:
-        digest = image.build_id.hex().encode()
-        found.append(b"/usr/lib/debug/.build-id/" + digest[:2] + b"/" + digest[2:] + b".debug")
-    if image.debuglink and path.startswith(b"/"):
+    if len(build_id) > 1:
+        digest = build_id.hex().encode()
+        found.append(DEBUG_FOLDER + b"/.build-id/" + digest[:2] + b"/" + digest[2:] + b".debug")
+    if debuglink and path.startswith(b"/"):
         folder = path.rsplit(b"/", 1)[0]
         found += [
-            folder + b"/" + image.debuglink,
-            folder + b"/.debug/" + image.debuglink,
-            b"/usr/lib/debug" + folder + b"/" + image.debuglink,
+            folder + b"/" + debuglink,
+            folder + b"/.debug/" + debuglink,
+            DEBUG_FOLDER + folder + b"/" + debuglink,
         ]
     # The file itself may be what its link names.
     return [candidate for candidate in found if candidate != path]

@@ -8,6 +8,9 @@ from typing import Final, Literal, NamedTuple
 NAME_LIMIT: Final = 4096
 """Longest symbol or module name kept, in bytes as found in the file."""
 
+NOT_LOOKED_UP: Final = "[not looked up]"
+"""The module of a frame that nobody had the time to look up."""
+
 Space = Literal["kernel", "user", "jit"]
 
 # C0, DEL and C1 controls, line and paragraph separators, and the bidirectional overrides that

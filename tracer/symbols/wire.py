@@ -7,12 +7,14 @@ nothing in a reply: `read_image` and `read_names` check every length, order and 
 
 from __future__ import annotations
 
+import json
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import numpy as np
 
+from latrace.tracer.symbols.elf import Links
 from latrace.tracer.symbols.frames import NAME_LIMIT
 from latrace.tracer.symbols.table import SEGMENT_COLUMNS, U32, U64, Image, SymbolTable, cut
 
@@ -22,12 +24,13 @@ REPLY: Final = struct.Struct("=4sIIIQIIII")
 """magic, status, segments, symbols, bytes of names, build id, debug link, symtab, crc."""
 MAGIC: Final = b"lsy1"
 
-STATUS_OK, STATUS_BAD_FILE, STATUS_LIMIT, STATUS_IO, STATUS_MISMATCH = range(5)
+STATUS_OK, STATUS_BAD_FILE, STATUS_LIMIT, STATUS_IO, STATUS_MISMATCH, STATUS_NO_LIBDW = range(6)
 STATUS_WORDS: Final = {
     STATUS_BAD_FILE: "not a sound ELF file",
     STATUS_LIMIT: "too large to parse",
     STATUS_IO: "unreadable",
     STATUS_MISMATCH: "debug file of another build",
+    STATUS_NO_LIBDW: "libdw is not there",
 }
 
 MAX_JSON: Final = 4096
@@ -37,6 +40,9 @@ MAX_SYMBOLS: Final = 10 << 20
 MAX_NAMES: Final = 256 << 20
 MAX_ID: Final = 64
 MAX_LINK: Final = NAME_LIMIT
+MAX_ADDRESSES: Final = 1 << 20
+MAX_CHAIN: Final = 256
+"""Functions at one address."""
 
 Read = Callable[[int], bytes]
 
@@ -166,3 +172,72 @@ def read_blobs(read: Read) -> tuple[bytes, bytes] | int:
     if head > MAX_JSON or body > MAX_PAYLOAD:
         raise WireError("a size past the limit")
     return read(head), read(body)
+
+
+def links_reply(links: Links) -> list[bytes]:
+    """The reply to a request for what a file says of others."""
+    names = {"build_id": links.build_id.hex(), "alt_build_id": links.alt_build_id.hex()}
+    head = json.dumps({"dwarf": links.dwarf, **names}).encode()
+    return blobs_reply(head, links.debuglink + b"\0" + links.altlink)
+
+
+def read_links(read: Read) -> Links | int:
+    """A reply about a file's links; an int is the status of a refusal. Raises WireError."""
+    answer = read_blobs(read)
+    if isinstance(answer, int):
+        return answer
+    head, names = answer
+    try:
+        told = json.loads(head)
+        build_id, alt = bytes.fromhex(told["build_id"]), bytes.fromhex(told["alt_build_id"])
+        dwarf = told["dwarf"] is True
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise WireError("no links") from error
+    debuglink, _, altlink = names.partition(b"\0")
+    if max(len(build_id), len(alt)) > MAX_ID or max(len(debuglink), len(altlink)) > MAX_LINK:
+        raise WireError("a size past the limit")
+    if b"/" in debuglink or debuglink in (b".", b".."):
+        raise WireError("a debug link that is a path")
+    return Links(build_id, dwarf, debuglink, altlink, alt)
+
+
+def chains_reply(chains: Sequence[Sequence[bytes]]) -> list[bytes]:
+    """The reply to a request for the functions at addresses: names once, chains as their places."""
+    names: dict[bytes, int] = {}
+    places = [
+        names.setdefault(name[:NAME_LIMIT], len(names))
+        for chain in chains
+        for name in chain[-MAX_CHAIN:]
+    ]
+    counts = np.array([min(len(chain), MAX_CHAIN) for chain in chains], dtype=np.uint32)
+    total = sum(map(len, names))
+    return [
+        REPLY.pack(MAGIC, STATUS_OK, len(chains), len(names), total, len(places), 0, 0, 0),
+        counts.tobytes(),
+        np.array(places, dtype=np.uint32).tobytes(),
+        names_payload(list(names)),
+    ]
+
+
+def read_chains(read: Read, count: int) -> tuple[list[list[int]], list[bytes]] | int:
+    """A reply of exactly `count` chains: their places in the names, and the names.
+
+    An int is the status of a refusal. Raises WireError.
+    """
+    status, chains, symbols, total, places, link, _symtab, _crc = _header(read)
+    if status != STATUS_OK:
+        if status not in STATUS_WORDS or any((chains, symbols, total, places)):
+            raise WireError("unknown status")
+        return status
+    if chains != count or link or places > count * MAX_CHAIN or symbols > places:
+        raise WireError("not the chains that were asked for")
+    if total > MAX_NAMES or places > MAX_SYMBOLS:
+        raise WireError("a size past the limit")
+    counts = np.frombuffer(read(chains * 4), dtype=np.uint32)
+    indices = np.frombuffer(read(places * 4), dtype=np.uint32)
+    if int(counts.sum(dtype=np.uint64)) != places or bool((indices >= symbols).any()):
+        raise WireError("chains out of bounds")
+    name_ends = _ends(read, symbols, total).tolist()
+    stops = np.cumsum(counts, dtype=np.int64)[:-1]
+    split = [part.tolist() for part in np.split(indices, stops)] if count else []
+    return split, cut(read(total), name_ends)

@@ -12,13 +12,17 @@ import json
 import os
 import resource
 import socket
+import struct
 import sys
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Final
 
 from latrace.tracer.symbols import wire
 from latrace.tracer.symbols.demangle import Demangler
-from latrace.tracer.symbols.elf import ElfError, FdSource, read_image
+from latrace.tracer.symbols.dwarf import DwarfError, Libdw
+from latrace.tracer.symbols.elf import ElfError, FdSource, read_image, read_links
 from latrace.tracer.symbols.table import Image, merge
 from latrace.tracer.unprivileged import drop_rights, limit_request
 from latrace.tracer.unwinding.records import CfiError
@@ -34,6 +38,9 @@ NICENESS: Final = 10
 """Names can wait, and the targets should not: what they wait for must not be this."""
 MAX_DEBUG_FILE: Final = 1 << 30
 """A debug file without a build id is read whole, for its checksum."""
+
+MAX_FILES: Final = 2
+"""That come with one request: DWARF, and what dwz put aside."""
 
 _REHEARSED: Final = 4096
 """Bytes of a section."""
@@ -58,6 +65,7 @@ def rehearse(demangler: Demangler) -> None:
     try:
         image = read_image(FdSource(fd))
         wire.image_reply(image)
+        wire.links_reply(read_links(FdSource(fd)))
         merge(image.symbols, image.symbols)
         places, sections = _sections(fd)
         if places:
@@ -68,6 +76,7 @@ def rehearse(demangler: Demangler) -> None:
     finally:
         os.close(fd)
     wire.names_reply([demangler(b"_Z1fv")])
+    wire.chains_reply([[b"f"]])
 
 
 def _crc(fd: int) -> int:
@@ -92,7 +101,32 @@ def _sections(fd: int) -> tuple[list[Place], bytes]:
     return places, read_places(source, places)
 
 
+@contextmanager
+def _no_new_files() -> Iterator[None]:
+    """Let nothing be opened meanwhile: libdw looks for other files by the names that it reads."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _chains(libdw: Libdw, request: dict[str, Any], payload: bytes, fds: list[int]) -> list[bytes]:
+    """The functions at addresses, if the file is of the build that is asked about."""
+    if not libdw.available:
+        return [wire.failure(wire.STATUS_NO_LIBDW)]
+    if read_links(FdSource(fds[0])).build_id != bytes.fromhex(request["build_id"]):
+        return [wire.failure(wire.STATUS_MISMATCH)]
+    addresses = struct.unpack(f"={request['count']}Q", payload)
+    alt = fds[1] if len(fds) > 1 else None
+    with _no_new_files():
+        return wire.chains_reply(libdw.chains(fds[0], addresses, alt=alt))
+
+
 def _about_file(op: str, fd: int, request: dict[str, Any]) -> list[bytes]:
+    if op == "links":
+        return wire.links_reply(read_links(FdSource(fd)))
     if op == "section":
         places, sections = _sections(fd)
         fields = json.dumps([place.as_dict() for place in places]).encode() if places else b""
@@ -103,25 +137,37 @@ def _about_file(op: str, fd: int, request: dict[str, Any]) -> list[bytes]:
     return wire.image_reply(image)
 
 
-def _answer(request: dict[str, Any], payload: bytes, fds: list[int]) -> list[bytes]:
+def _answer(libdw: Libdw, request: dict[str, Any], payload: bytes, fds: list[int]) -> list[bytes]:
     """The reply to a request about a file, or about a section of one."""
     try:
         if request["op"] == "unwind":
             places = [Place.from_dict(fields) for fields in request["places"]]
             return wire.blobs_reply(b"", compile_places(places, payload).to_bytes())
+        if request["op"] == "chains":
+            return _chains(libdw, request, payload, fds)
         return _about_file(request["op"], fds[0], request)
     except MemoryError:
         return [wire.failure(wire.STATUS_LIMIT)]
     except OSError:
         return [wire.failure(wire.STATUS_IO)]
-    except (ElfError, CfiError, ValueError, IndexError, OverflowError, ArithmeticError):
+    except (
+        ElfError,
+        CfiError,
+        DwarfError,
+        struct.error,
+        ValueError,
+        IndexError,
+        OverflowError,
+        ArithmeticError,
+    ):
         return [wire.failure(wire.STATUS_BAD_FILE)]
 
 
 class _Server:
-    def __init__(self, connection: socket.socket, demangler: Demangler) -> None:
+    def __init__(self, connection: socket.socket, demangler: Demangler, libdw: Libdw) -> None:
         self._connection = connection
         self._demangler = demangler
+        self._libdw = libdw
 
     def _receive(self, length: int) -> bytes:
         data = bytearray()
@@ -134,7 +180,9 @@ class _Server:
 
     def serve_one(self) -> bool:
         """Answer one request; False at the end of the stream."""
-        first, fds, _flags, _address = socket.recv_fds(self._connection, wire.REQUEST.size, 1)
+        first, fds, _flags, _address = socket.recv_fds(
+            self._connection, wire.REQUEST.size, MAX_FILES
+        )
         if not first:
             return False
         header = first + self._receive(wire.REQUEST.size - len(first))
@@ -146,7 +194,7 @@ class _Server:
             names = wire.split_names(payload, request["count"])
             reply = wire.names_reply([self._demangler(name) for name in names])
         else:
-            reply = _answer(request, payload, fds)
+            reply = _answer(self._libdw, request, payload, fds)
         for fd in fds:
             os.close(fd)
         self._connection.sendall(b"".join(reply))
@@ -157,10 +205,10 @@ def main() -> int:
     """Serve until the tracer hangs up."""
     os.nice(NICENESS)
     connection = socket.socket(fileno=int(sys.argv[1]))
-    demangler = Demangler(deadly_after_s=NAME_CPU_S)
+    demangler, libdw = Demangler(deadly_after_s=NAME_CPU_S), Libdw()
     rehearse(demangler)
     drop_rights(connection.fileno(), limits=LIMITS)
-    server = _Server(connection, demangler)
+    server = _Server(connection, demangler, libdw)
     try:
         while server.serve_one():
             pass

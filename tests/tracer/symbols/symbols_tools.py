@@ -14,6 +14,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from latrace.tracer.symbols.client import Worker
+
 WORKLOADS = Path(__file__).parents[2] / "workloads"
 SAMPLE = WORKLOADS / "symbols_sample.c"
 LIBRARY = WORKLOADS / "symbols_library.c"
@@ -77,6 +79,16 @@ def running(
             yield process.pid, printed
         finally:
             process.kill()
+
+
+@contextmanager
+def worker(**options: object) -> Iterator[Worker]:
+    """A worker that is ended."""
+    result = Worker(**options)  # type: ignore[arg-type]
+    try:
+        yield result
+    finally:
+        result.close()
 
 
 class Functions:
