@@ -19,6 +19,8 @@ from .target import Target, hold
 _CODE: Final = (0x1000, 0x5555_0000_0000, 0x7FFF_FFFF_0000, (1 << 48) - 0x8000)
 _STACK: Final = (0x7FFF_0000_0000, 0x7FFE_0000_0000, 0x2000, (1 << 64) - 0x400)
 _OTHERWISE: Final = [Otherwise.FRAME_POINTERS, Otherwise.TRAMPOLINE]
+_SAVED: Final = (3, 12, 13, 5, rules.RBP, rules.RSP, rules.RETURN)
+"""Registers that rules are about: few, so that one rule uses what another one saved."""
 _STACKS: Final = 12
 _WORDS: Final = 48
 
@@ -38,10 +40,10 @@ def _rules(random: np.random.Generator, count: int) -> Any:
             rule["cfa_base"], rule["cfa_offset"] = rules.RSP, 0
         rule["kind"][rules.RETURN] = rules.MEMORY
         rule["base"][rules.RETURN], rule["offset"][rules.RETURN] = rules.CFA, -8
-        for column in random.choice(rules.COLUMNS, size=random.integers(0, 6), replace=False):
-            usual = random.random() < 0.7 or column == rules.RETURN
+        for column in random.choice(_SAVED, size=random.integers(0, 6), replace=False):
+            usual = random.random() < 0.6 or column == rules.RETURN
             rule["kind"][column] = rules.MEMORY if usual else random.integers(0, rules.KINDS)
-            rule["base"][column] = rules.CFA if usual else random.integers(0, rules.COLUMNS)
+            rule["base"][column] = rules.CFA if usual else random.choice(_SAVED)
             rule["offset"][column] = 8 * random.integers(-8, 3)
     if random.random() < 0.1:
         for rule in made[2:]:

@@ -189,6 +189,19 @@ def test_a_register_that_was_not_copied_is_not_made_up(places: Places) -> None:
     assert found == ([PLACES["saves_below"], at("uses_rbx")], End.SHORT)
 
 
+def test_what_is_relative_to_a_lost_register_is_lost_as_well() -> None:
+    # rbx is saved below the copy; then r12 = rbx + 16; then CFA = r12.
+    programs = [b"\x83\x09", b"\x16\x0c" + block(b"\x73\x10"), b"\x0c\x0c\x00"]
+    functions = [(0x4000 + 256 * at, 256, text) for at, text in enumerate(programs)]
+    places = Places()
+    number = places.add_module(compile_section(section_of_functions(functions)))
+    places.add_space(u64(BASE), u64(BASE + 0x10000), u64(BASE), np.array([number]))
+    first, second, third = (BASE + begin + 9 for begin, _, _ in functions)
+    words = [second, third, 0, 0, 0, 0, 0, 0]
+    frames, end = walk(places, first, Copy(STACK, words), rbx=STACK)
+    assert (frames, end) == ([first, second, third], End.SHORT)
+
+
 # --- signals
 
 

@@ -167,7 +167,10 @@ class _Lanes:
         odd = how != MEMORY
         if odd.any() or self._any_lost or not there.all():
             read = np.where(how == VALUE, values, read)
-            self._lose(lanes, columns, there & ~odd | (how == VALUE), cfa, end)
+            # What is said relative to a register that is lost is lost with it.
+            sources = self._lost[lanes] >> steps.source[entries] & 1
+            had = (there & ~odd | (how == VALUE)) & (sources == 0)
+            self._lose(lanes, columns, had, cfa, end)
         registers[:, RSP] = cfa
         flat[rows + columns] = read
         root = registers[:, RETURN] == 0
