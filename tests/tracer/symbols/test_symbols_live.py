@@ -443,7 +443,7 @@ def test_a_stack_gets_its_names_once_there_are_any(public_sample):
 
         def number() -> tuple[int, NamedStacks]:
             time.sleep(2 * LOOK_AGAIN_S)
-            naming.add(RawStack(1, pid, nothing, user, has_user=True))
+            naming.add([RawStack(1, pid, nothing, user, has_user=True)])
             naming.hurry()
             while not naming.has_named(naming.added):
                 time.sleep(0.01)
