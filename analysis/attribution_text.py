@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from latrace.analysis.causes import CAUSES
+from latrace.analysis.names import fit_name
 from latrace.analysis.page import BOLD, NUMBER, Page, comm, frames, who
 from latrace.analysis.words import (
+    cells,
     duration,
     fit,
     pad,
@@ -52,6 +54,7 @@ _LISTED_CALLS = 5
 _NOTABLE = 0.005  # of the slow waits' time: less is summed up
 _SECOND = 0.1  # a second reason worth a place in the sentence
 _SINGLE = 0.3  # a process with less of the time is one of many
+_EXPLAINED = 0.1  # of the worst P99 among the sleep calls: less is not taken apart
 _BESIDE = 0.1  # what is told beside the causes is at least so much of the time
 
 
@@ -172,7 +175,7 @@ def _limit(group: Entry) -> str:
 
 def _mostly(entry: Entry) -> str:
     mostly = entry["mostly"]
-    return f", mostly in {fit(visible(mostly['function']), 40)}" if mostly else ""
+    return f", mostly in {fit_name(visible(mostly['function']), 40)}" if mostly else ""
 
 
 def _name(entry: Entry, number: str, more: str = "") -> str:
@@ -275,7 +278,7 @@ class _Part:
 def _culprits(page: Page, summary: Summary, cause: str, *, of: int) -> None:
     """Write who it was, below the line of a cause that has `of` tenths of a percent."""
     waits, tail = summary["waits"], summary["waits"]["tail"]
-    parts = list(_who_it_was(summary, cause, page.width - 6))
+    parts = list(_who_it_was(summary, cause, page.width))
     rounded = tenths([part.ns for part in parts], tail["total_ns"], of=of)
     both = tail["count"] < waits["count"]
     for part, tenth in zip(parts, rounded, strict=True):
@@ -289,8 +292,9 @@ def _culprits(page: Page, summary: Summary, cause: str, *, of: int) -> None:
             page.line(" " * 6 + detail)
 
 
-def _who_it_was(summary: Summary, cause: str, room: int) -> Iterator[_Part]:
+def _who_it_was(summary: Summary, cause: str, width: int) -> Iterator[_Part]:
     """Yield the parts of one cause's time: who, who else, and what was not recorded."""
+    room = width - sum(_COLUMNS) - 5
     tail = summary["waits"]["tail"]
     rest = tail["by_cause_ns"][cause]
     if cause == "throttled":
@@ -302,8 +306,9 @@ def _who_it_was(summary: Summary, cause: str, room: int) -> Iterator[_Part]:
     for one, ns in listed:
         many = one.get("threads", 1)
         more = f", {many:,} threads" if many > 1 and cause == "other" else ""
-        name = _name(one, "pid" if cause == "other" else "tid") + more
-        yield _Part(name, ns, one["all_ns"], tuple(_details(summary, one, room)))
+        name = _name(one, "pid" if cause == "other" else "tid")
+        name += more if cells(name + more) <= room else ""
+        yield _Part(name, ns, one["all_ns"], tuple(_details(summary, one, width - 6)))
         rest -= ns
     unnamed = tail["not_itemised_ns"].get(cause, 0)
     if listed and rest > unnamed:
@@ -455,9 +460,11 @@ def sleep_calls(page: Page, summary: Summary) -> None:
         ),
     )
     page.more(len(calls), min(_LISTED_CALLS, len(calls)))
+    worst_ns = max(call["overshoot_ns"]["p99"] for call in calls)
     for call in calls[:_LISTED_CALLS]:
-        for text in _overshoot(call):
-            page.prose(text)
+        if call["overshoot_ns"]["p99"] >= _EXPLAINED * worst_ns:
+            for text in _overshoot(call):
+                page.prose(text)
 
 
 def _overshoot(call: Entry) -> Iterator[str]:

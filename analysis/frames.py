@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from latrace.analysis.capture import Capture
+from latrace.analysis.names import tidy
 
 _UNKNOWN = "[unknown]"
 # Frames that say nothing of what a thread did: those of leaving the CPU, and of kernel threads.
@@ -66,10 +67,10 @@ class NamedStack:
     def work(self) -> tuple[str, ...]:
         """The frames that tell what it did, leaf first: without the way to the scheduler."""
         kernel = tuple(telling(self.kernel))
-        in_user = all(name.startswith(_BORDER) for name in kernel)
+        in_user = all(map(is_border, kernel))
         if self.user and (in_user or self.left == "blocked"):
             return self.user
-        while kernel and kernel[0].startswith(_BORDER):
+        while kernel and is_border(kernel[0]):
             kernel = kernel[1:]
         return kernel + self.user
 
@@ -110,19 +111,24 @@ def telling(kernel: Sequence[str]) -> list[str]:
     return [name for name in kernel if name not in _SWITCHING and name not in _PREEMPTED]
 
 
+def is_border(name: str) -> bool:
+    """Whether a kernel function is of the way between the kernel and user space."""
+    return name.startswith(_BORDER)
+
+
 def _left(kernel: Sequence[str], *, in_user: bool) -> str:
     """Tell from its kernel frames, leaf first, how a thread left the CPU."""
     if not kernel:
         return ""
     if any(name in _PREEMPTED for name in kernel):
         return "preempted"
-    returning = all(name.startswith(_BORDER) for name in telling(kernel))
+    returning = all(map(is_border, telling(kernel)))
     return "preempted" if in_user and returning else "blocked"
 
 
 def _frame_name(frame: Mapping[str, Any]) -> str:
     if frame.get("symbol"):
-        return str(frame["symbol"])
+        return tidy(str(frame["symbol"]), jit=frame.get("space") == "jit")
     module = _module(frame)
     return module if module == _UNKNOWN else f"{module}+{frame.get('offset') or 0:#x}"
 

@@ -6,6 +6,7 @@ import re
 import textwrap
 from collections.abc import Iterable, Sequence
 
+from latrace.analysis.names import fit_name
 from latrace.analysis.words import cells, fit, pad, visible
 
 NUMBER = 11  # columns of a number, the gap before it included
@@ -88,5 +89,5 @@ def frames(names: Sequence[str], room: int) -> str:
         each = (room - 3 * (len(shown) - 1)) // len(shown)
         spare = sum(max(0, each - cells(name)) for name in shown)
         long = max(1, sum(cells(name) > each for name in shown))
-        shown = [fit(name, each + spare // long) for name in shown]
+        shown = [fit_name(name, each + spare // long) for name in shown]
     return " < ".join(shown)

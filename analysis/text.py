@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from latrace.analysis import attribution_text, retransmits_text
+from latrace.analysis.names import callers
 from latrace.analysis.page import BOLD, LABEL, NUMBER, Page, comm, frames, who
 from latrace.analysis.stack_quality import told
 from latrace.analysis.words import cells, duration, fit, pad, percent, plural, share, size, visible
@@ -230,7 +231,7 @@ def _tail(waits: Mapping[str, Any]) -> str:
 
 def _processes(page: Page, summary: Summary) -> None:
     processes = summary["processes"]
-    if len(processes) < 2:
+    if len(processes) < 2 or _one_thread_each(summary):
         return
     page.table(
         "Processes that waited most",
@@ -250,11 +251,21 @@ def _processes(page: Page, summary: Summary) -> None:
     )
 
 
+def _one_thread_each(summary: Summary) -> bool:
+    """Whether the processes that waited most are what their threads are: one list tells all."""
+    threads = [thread for thread in summary["threads"] if thread["waits"]][:_LISTED]
+    processes = [process for process in summary["processes"] if process["waits"]][:_LISTED]
+    return [(one["tid"], one["waits"], one["wait_ns"]) for one in threads] == [
+        (one["tgid"], one["waits"], one["wait_ns"]) for one in processes
+    ]
+
+
 def _threads(page: Page, summary: Summary) -> None:
     threads = [thread for thread in summary["threads"] if thread["waits"]]
     if threads:
+        alone = len(summary["processes"]) > 1 and _one_thread_each(summary)
         page.table(
-            "Threads that waited most",
+            f"{'Processes' if alone else 'Threads'} that waited most",
             ("waits", "waited", "longest", "blocked"),
             (
                 (
@@ -341,7 +352,7 @@ def _stacks(page: Page, summary: Summary) -> None:
         room = page.width - NUMBER - 11
         shown: dict[str, int] = {}  # those whose inner functions are the same are one here
         for stack in stacks:
-            inner = frames(stack["user"] or stack["kernel"], room)
+            inner = frames(callers(stack["user"]) or stack["kernel"], room)
             shown[inner] = shown.get(inner, 0) + stack["weight_ns"]
         heaviest = sorted(shown.items(), key=lambda item: -item[1])
         for inner, ns in heaviest[:_LISTED_STACKS]:

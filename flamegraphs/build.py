@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from latrace.analysis.causes import CAUSES
+from latrace.analysis.names import tidy
 from latrace.analysis.retransmits import read_retransmits
 from latrace.flamegraphs.profile import (
     NOT_ITEMISED,
@@ -152,10 +153,11 @@ def build_profile(
     parts. A capture without causes has no such frame.
     offcpu: the same, and `[blocked]` beside, with its exact total. At the tip of a blocked stack
     `[tcp rto PEER]` stands for the part of its time that overlaps lost segments of the socket.
-    culprit: who ran on the CPU meanwhile → its stack when it left. The width of a culprit is its
-    time in the recorded waits (`slices`); its stacks share that. What the exact totals have beyond
-    (waits without a row, or too short to be itemised) stands under `[not itemised]` by cause. Time
-    in which nobody ran (throttled, idle, unknown) is not in this picture.
+    culprit: who ran on the CPU meanwhile → its stack when it left. Another process is one, whatever
+    its threads are called. The width of a culprit is its time in the recorded waits (`slices`); its
+    stacks share that. What the exact totals have beyond (waits without a row, or too short to be
+    itemised) stands under `[not itemised]` by cause. Time in which nobody ran (throttled, idle,
+    unknown) is not in this picture.
     waker: process → `--` → the waker's frames, innermost first → the waker's name, or
     `[hardirq]`, `[softirq]`, by the time spent blocked.
     wall: `[on CPU]`, by samples alone, beside what offcpu shows.
@@ -373,8 +375,11 @@ def _culprits(
     by = ("cause", "comm", "tid" if tids else "tgid", "vector")
     shown = dict.fromkeys(CULPRITS, 0)
     parts: dict[_Stack, _Part] = {}
+    processes = {} if tids else _culprit_processes(capture)
 
     def part_of(cause: str, comm: str | None, id_: int, vector: str | None) -> _Part:
+        if cause == "other":
+            comm = processes.get(id_, comm)
         root = _culprit(cause, comm, id_ if pids else None, vector, thread=tids)
         return parts.setdefault(root, _Part(root, 0))
 
@@ -397,6 +402,20 @@ def _culprits(
         if totals[cause] > told
     ]
     return [*parts.values(), *rest]
+
+
+def _culprit_processes(capture: CaptureTables) -> dict[int, str]:
+    """Return the names of other processes: as the first thread, or else the one that ran longest.
+
+    A process whose threads have names of their own, or that became another program, is one.
+    """
+    named: dict[int, tuple[bool, int, str]] = {}
+    for cause, tgid, tid, comm, dur_ns in _grouped(
+        capture, "slices", ("cause", "tgid", "tid", "comm"), "dur_ns"
+    ):
+        if cause == "other" and comm:
+            named[tgid] = max(named.get(tgid, (False, 0, "")), (tid == tgid, dur_ns, comm))
+    return {tgid: comm for tgid, (_, _, comm) in named.items()}
 
 
 def _culprit(
@@ -507,7 +526,7 @@ def _frame(symbol: str | None, module: str, offset: int | None, space: str | Non
     kinds: dict[str | None, FrameKind] = {"kernel": "kernel", "jit": "jit"}
     base = posixpath.basename(module)
     if symbol:
-        name = symbol
+        name = tidy(symbol, jit=space == "jit")
     elif not base or base.startswith("["):
         # No file: the offset is a bare address, another one in every run.
         return Frame(base or "[unknown]", kinds.get(space, "user"))
@@ -551,8 +570,9 @@ def _totals(capture: CaptureTables) -> dict[str, int]:
 def _targets(manifest: Mapping[str, Any], *, shown: int = 3) -> str:
     targets = manifest.get("targets") or []
     named = [f"{target.get('comm', '?')} ({target.get('tgid', '?')})" for target in targets]
-    more = [f"{len(named) - shown} more"] if len(named) > shown else []
-    return ", ".join(named[:shown] + more)
+    if len(named) > shown:
+        return f"{named[0]} and {len(named) - 1:,} more"
+    return ", ".join(named)
 
 
 def _by_thread(kind: Kind, level: Level) -> bool:

@@ -26,6 +26,7 @@
     const frame = {
       node, start, value, depth, end: start + value, name: told.slice(0, end), about: told.slice(end + 1),
       rect: node.querySelector("rect"), text: node.querySelector("text"),
+      own: (node.dataset.own || "0 0").split(" ").map(Number),
       parent: depth ? path[depth - 1] : null, children: [], shown: true,
     };
     path[depth] = frame;
@@ -55,14 +56,21 @@
 
   function label(frame, pixels) {
     const columns = Math.floor((pixels - 2 * inset) / cell);
+    const whole = fit(frame.name, columns), [start, end] = frame.own;
+    if (!start || whole === frame.name || end < columns) return whole;
+    const own = fit(Array.from(frame.name).slice(start).join(""), columns - 1);
+    return own && "\u2026" + own;  // rather the function's own name than its qualifiers
+  }
+
+  function fit(text, columns) {
     if (columns < 2) return "";
-    const chars = Array.from(frame.name);
+    const chars = Array.from(text);
     let used = 0, kept = chars.length;
     for (let i = 0; i < chars.length; i++) {
       used += chars[i] >= "\u1100" ? 2 : 1;
       if (used > columns - (i < chars.length - 1 ? 1 : 0)) { kept = i; break; }
     }
-    if (kept === chars.length) return frame.name;
+    if (kept === chars.length) return text;
     return kept < 2 ? "" : chars.slice(0, kept).join("").trimEnd() + "\u2026";
   }
 

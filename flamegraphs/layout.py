@@ -40,16 +40,25 @@ class Layout:
     hidden_us: int
 
 
-def lay_out(profile: Profile, *, min_share: float = 0.0, max_boxes: int) -> Layout:
+def lay_out(
+    profile: Profile,
+    *,
+    min_share: float = 0.0,
+    max_boxes: int,
+    screen: int = 0,
+    min_share_beyond: float = 0.0,
+) -> Layout:
     """Merge the stacks into a tree and keep what is at least `min_share` of the total wide.
 
-    At most `max_boxes` frames remain (at least the root), the widest ones. A parent is never
-    narrower than its child, so what remains is still one tree. Equal frames under one parent
-    merge; siblings stand in order of name, `[not sampled]` last. Memory follows what is kept,
-    not the size of the profile.
+    Beyond the first `screen` rows it is `min_share_beyond`, where that is more: a deep stack in
+    which hardly any time was spent would make the picture many screens high. At most `max_boxes`
+    frames remain (at least the root), the widest ones. A parent is never narrower than its child,
+    so what remains is still one tree. Equal frames under one parent merge; siblings stand in order
+    of name, `[not sampled]` last. Memory follows what is kept, not the size of the profile.
     """
     total = profile.total_us
     least = max(1, total * min_share)
+    least_beyond = max(least, total * min_share_beyond)
     boxes: list[Box] = []
     closed = 0
     now = 0
@@ -62,7 +71,8 @@ def lay_out(profile: Profile, *, min_share: float = 0.0, max_boxes: int) -> Layo
         while len(path) > depth:
             frame, start, own = path.pop(), starts.pop(), owns.pop()
             closed += 1
-            if now - start >= least or not path:
+            wanted = least if len(path) < screen else least_beyond
+            if now - start >= wanted or not path:
                 boxes.append(Box(start, len(path), now - start, own, frame))
 
     for stack, weight in merged(profile.stacks):

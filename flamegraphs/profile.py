@@ -24,6 +24,9 @@ class Frame(NamedTuple):
     module: str = ""
 
 
+CODE: frozenset[FrameKind] = frozenset(("user", "jit", "kernel"))
+"""What is a function."""
+
 NOT_SAMPLED = Frame("[not sampled]", "marker")
 """Carries exact time for which no stack was sampled; stands beside those it has."""
 

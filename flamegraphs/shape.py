@@ -1,4 +1,5 @@
 """Another look at the same time: stacks picked, thinned, folded up or turned round.
+_PROGRAM: Final = CODE - {"kernel"}
 
 No time comes or goes: whatever is asked for, the weights add up to what they did before.
 """
@@ -16,7 +17,8 @@ from itertools import chain
 from types import FrameType
 from typing import Final, TypeAlias
 
-from latrace.flamegraphs.profile import NOT_ITEMISED, NOT_MATCHED, NOT_SAMPLED, Frame
+from latrace.analysis.frames import is_border, telling
+from latrace.flamegraphs.profile import CODE, NOT_ITEMISED, NOT_MATCHED, NOT_SAMPLED, Frame
 from latrace.flamegraphs.text import visible
 
 PATTERN_SECONDS: Final = 5.0
@@ -27,7 +29,6 @@ HIDDEN: Final = Frame("[hidden]", "marker")
 """Stands for a stack all of whose frames were hidden."""
 
 _KEPT: Final = frozenset((NOT_SAMPLED, NOT_ITEMISED, NOT_MATCHED))
-_CODE: Final = frozenset(("user", "jit", "kernel"))
 
 # Where glibc and musl begin a program or a thread. Only at the outer end of a stack: further in,
 # they are what the program called.
@@ -37,18 +38,24 @@ _START_UP: Final = re.compile(
 )
 _GO: Final = (
     r"runtime\.(goexit[01]?|main|mcall|systemstack(_switch)?|asmcgocall|mstart[01]?|rt0_go|gogo"
-    r"|park_m|schedule|findRunnable|findrunnable|stopm|mPark|execute|gopark|goparkunlock"
+    r"|clone|park_m|schedule|mPark|execute|gopark|goparkunlock|startlockedm|stoplockedm"
     r"|gosched_m|goschedImpl|gopreempt_m|goready|ready|exitsyscall0?|startm|wakep|handoffp"
     r"|notesleep|notetsleep(_internal|g)?|notewakeup|futexsleep|futexwakeup)(\.abi\w+)?"
     r"|_rt0_\w+"
 )
 _NODE: Final = (
     r"(Builtins_|Builtin:)?(JSEntry|JSEntryTrampoline|JSConstructEntry|JSRunMicrotasksEntry"
-    r"|InterpreterEntryTrampoline|ArgumentsAdaptorTrampoline)"
-    r"|v8::Function::Call|v8::internal::Execution::\w+"
+    r"|InterpreterEntryTrampoline|ArgumentsAdaptorTrampoline|BaselineOutOfLinePrologue|CEntry_\w+"
+    r"|Call(Function)?_Receiver\w+|CallFunction_\w+|CallApiCallback|HandleApiCall|RunMicrotasks"
+    r"|PromiseFulfillReactionJob|AsyncFunctionAwait\w+|JSConstructStubGeneric)"
+    r"|v8::Function::Call|v8::internal::Execution::\w+|v8::internal::Builtin_HandleApiCall"
+    r"|(\S+ )?v8::internal::\(anonymous namespace\)::HandleApiCallHelper(<\w+>)?"
+    r"|v8::internal::FunctionCallbackArguments::Call"
+    r"|v8::internal::MicrotaskQueue::(PerformCheckpoint|RunMicrotasks)"
     r"|v8::internal::\(anonymous namespace\)::Invoke(WithTryCatch)?"
     r"|node::(Start|LoadEnvironment|StartExecution|InternalMakeCallback|MakeCallback"
-    r"|SpinEventLoop(Internal)?|NodeMainInstance::Run|AsyncWrap::MakeCallback)"
+    r"|SpinEventLoop(Internal)?|NodeMainInstance::Run|AsyncWrap::MakeCallback"
+    r"|InternalCallbackScope::Close)"
     r"|uv_run|uv__io_poll|uv__run_\w+"
 )
 _CPYTHON: Final = (
@@ -60,6 +67,12 @@ _CPYTHON: Final = (
 )
 # A name may carry its parameters, the compiler's `.cold` and the like, or a version.
 _INTERNAL: Final = re.compile(rf"({_GO}|{_NODE}|{_CPYTHON})(\(.*|\.(cold|lto|isra|part|const).*)?")
+
+# How the kernel wakes a thread, whatever for.
+_WAKING: Final = re.compile(
+    r"try_to_wake_up|wake_up_(process|state|q)|(__)?wake_up(_common|_sync|_locked)?(_key|_lock)?"
+    r"|(default|autoremove|ep_autoremove|woken)_wake_function"
+)
 
 _Stack: TypeAlias = tuple[Frame, ...]
 
@@ -201,22 +214,28 @@ def _without(stack: _Stack, hidden: set[Frame]) -> _Stack:
 def collapsed(stack: _Stack, *, outermost_last: bool = False) -> _Stack:
     """Return a stack without its runtime's frames and without what only repeats.
 
-    Left out: the start-up of glibc and musl at the outer end; of Go its scheduler and entry frames,
-    of Node.js those of V8 and libuv, of CPython those of its evaluation loop, wherever they are.
-    Then `f f f` becomes `f`, and `f g f g` becomes `f g`. A program keeps its innermost function
-    whatever that is.
+    Left out: the start-up of glibc and musl at the outer end; of Go its scheduler and entry frames
+    (but for `findRunnable` and `stopm`, which tell that a thread had nothing to do), of Node.js
+    those of V8 and libuv, of CPython those of its evaluation loop, wherever they are; of the
+    kernel, the ways into it, to its scheduler and to the thread that it wakes. Then `f f f` becomes
+    `f`, and `f g f g` becomes `f g`. A program keeps its innermost function whatever that is, and
+    the kernel at least one.
     """
     if outermost_last:
         return collapsed(stack[::-1])[::-1]
-    last = max((i for i, frame in enumerate(stack) if frame.kind in ("user", "jit")), default=-1)
+    last = max((i for i, frame in enumerate(stack) if frame.kind in _PROGRAM), default=-1)
+    routine = _routine(stack)
     kept: list[Frame] = []
     starting = True
     for i, frame in enumerate(stack):
-        if frame.kind in ("user", "jit"):
-            starting = starting and _START_UP.fullmatch(frame.name) is not None
-            if i != last and (starting or _INTERNAL.fullmatch(frame.name)):
+        if i in routine:
+            continue
+        if frame.kind in _PROGRAM:
+            begins = starting and _START_UP.fullmatch(frame.name)
+            if i != last and (begins or _INTERNAL.fullmatch(frame.name)):
                 continue
-        if frame.kind in _CODE:
+            starting = False
+        if frame.kind in CODE:
             if kept[-1:] == [frame]:
                 continue
             if len(kept) > 2 and kept[-2] == frame and kept[-3] == kept[-1] and _code(kept[-1]):
@@ -226,5 +245,16 @@ def collapsed(stack: _Stack, *, outermost_last: bool = False) -> _Stack:
     return tuple(kept)
 
 
+def _routine(stack: _Stack) -> set[int]:
+    """Return where the kernel's frames are that tell nothing of what it did for the program."""
+    kernel = [i for i, frame in enumerate(stack) if frame.kind == "kernel"]
+    told = [i for i in kernel if telling([stack[i].name])]
+    while len(told) > 1 and _WAKING.fullmatch(stack[told[-1]].name):
+        told.pop()
+    while len(told) > 1 and is_border(stack[told[0]].name):
+        told.pop(0)
+    return set(kernel).difference(told) if told else set()
+
+
 def _code(frame: Frame) -> bool:
-    return frame.kind in _CODE
+    return frame.kind in CODE

@@ -13,9 +13,11 @@ from typing import Final, Protocol, get_args
 from xml.sax.saxutils import escape as xml_escape
 from zlib import crc32
 
+from latrace.analysis.names import own_part
 from latrace.flamegraphs.layout import Box, Layout, lay_out
-from latrace.flamegraphs.profile import FrameKind, Profile
-from latrace.flamegraphs.text import cells, fit, human_share, human_us, visible
+from latrace.flamegraphs.meanings import meaning_of
+from latrace.flamegraphs.profile import CODE, FrameKind, Profile
+from latrace.flamegraphs.text import ELLIPSIS, cells, fit, human_share, human_us, visible
 
 # flame.js lays out anew from these: it reads them off the picture, never from a copy.
 WIDTH: Final = 1200
@@ -25,6 +27,8 @@ CELL: Final = 7.23  # the widest common monospaced font (DejaVu Sans Mono) at 12
 INSET: Final = 3
 
 MIN_PIXELS: Final = 0.1
+SCREEN_ROWS: Final = 40  # of a laptop's screen
+MIN_PIXELS_BEYOND: Final = 2  # where it is drawn as a frame and not as a hair
 MAX_FRAMES: Final = 12_000  # about 3 MB; a browser lays that many out at once without a stutter
 NAME_LIMIT: Final = 400
 TINTS: Final = 3
@@ -40,14 +44,14 @@ _TITLE: Final = 10.2  # the same at 17 px, bold
 _LABEL: Final = 6.6  # the mean, for the legend's short words
 _LINE: Final = 17
 _LEGEND: Final[dict[FrameKind, str]] = {
-    "state": "state",
+    "state": "state or cause",
     "process": "process",
     "thread": "thread",
-    "user": "user",
-    "jit": "JIT",
+    "user": "program",
+    "jit": "JIT code",
     "kernel": "kernel",
     "network": "lost TCP segments",
-    "marker": "marker",
+    "marker": "no function",
 }
 
 
@@ -64,16 +68,27 @@ class Paint(Protocol):
 def to_svg(
     profile: Profile,
     *,
-    inverted: bool = False,
+    inverted: bool | None = None,
     max_frames: int = MAX_FRAMES,
     paint: Paint | None = None,
 ) -> str:
-    """Return the profile as an SVG document, root at the bottom (at the top if `inverted`).
+    """Return the profile as an SVG document, root at the bottom or, if `inverted`, at the top.
 
-    A frame is as wide as its share of the time. Frames below 0.1 px, and the narrowest beyond
-    `max_frames`, are not drawn: their number and time are said at the foot.
+    By itself it is at the top where the picture is higher than a screen: the answer begins at the
+    root, and the page opens at its top. A frame is as wide as its share of the time. Frames below
+    0.1 px (2 px beyond a screen's rows), and the narrowest beyond `max_frames`, are not drawn:
+    their number and time are said at the foot.
     """
-    layout = lay_out(profile, min_share=MIN_PIXELS / (WIDTH - 2 * PAD), max_boxes=max_frames)
+    room = WIDTH - 2 * PAD
+    layout = lay_out(
+        profile,
+        min_share=MIN_PIXELS / room,
+        max_boxes=max_frames,
+        screen=SCREEN_ROWS,
+        min_share_beyond=MIN_PIXELS_BEYOND / room,
+    )
+    if inverted is None:
+        inverted = layout.rows > SCREEN_ROWS
     head, top = _head(profile)
     bottom = top + layout.rows * ROW
     foot = _foot(layout, bottom + 10, paint)
@@ -125,15 +140,28 @@ def _frame(
     if paint is not None:
         colour, told = paint.of(box)
         about.append(told)
+    if meaning := meaning_of(box.frame):
+        about.append(meaning)
     if box.frame.module:
         about.append(visible(box.frame.module, limit=NAME_LIMIT))
-    label = fit(name, int((width - 2 * INSET) / CELL))
+    start, end = own_part(name) if box.frame.kind in CODE else (0, 0)
+    label = _label(name, int((width - 2 * INSET) / CELL), start, end)
+    # For the script, which cuts the names anew.
+    own = f' data-own="{start} {end}"' if start else ""
     text = f'<text x="{left + INSET:.2f}" y="{y + 12}">{xml_escape(label)}</text>' if label else ""
     return (
-        f'<g class="{colour}{thin}" data-t="{box.start} {box.value} {box.depth}">'
+        f'<g class="{colour}{thin}" data-t="{box.start} {box.value} {box.depth}"{own}>'
         f"<title>{xml_escape(name)}\n{xml_escape(' · '.join(about))}</title>"
         f'<rect x="{left:.2f}" y="{y}" width="{width:.2f}" height="{ROW - 1}" rx="1.5"/>{text}</g>'
     )
+
+
+def _label(name: str, columns: int, start: int, end: int) -> str:
+    """Cut a name whose own part, without its qualifiers, is `name[start:end]`."""
+    if cells(name) <= columns or not start or end < columns:
+        return fit(name, columns)
+    own = fit(name[start:], columns - 1)
+    return own and ELLIPSIS + own
 
 
 def _head(profile: Profile) -> tuple[list[str], int]:

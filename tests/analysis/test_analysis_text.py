@@ -192,6 +192,35 @@ def test_no_waits_at_all(tmp_path: Path) -> None:
     assert "P99" not in text
 
 
+def test_processes_of_one_thread_each_are_listed_once(summary: dict[str, Any]) -> None:
+    """A service of many processes (PostgreSQL) is not told twice who waited."""
+    threads = [
+        {**summary["threads"][0], "tid": tid, "tgid": tid, "waits": tid, "wait_ns": tid * 1000}
+        for tid in (107, 106, 105, 104, 103, 102)
+    ]
+    processes = [{**thread, "max_ns": 5, "blocked_ns": 0} for thread in threads]
+    alone = {**summary, "threads": threads, "processes": processes}
+    text = render_text(alone)
+    assert "Processes that waited most" in text and "Threads that waited most" not in text
+    assert "    107 " in text
+    # One of them has a second thread.
+    threads = [{**threads[0], "waits": 60}, {**threads[0], "tid": 110, "waits": 47}, *threads[1:]]
+    text = render_text({**alone, "threads": threads})
+    assert "Processes that waited most" in text and "Threads that waited most" in text
+    only = {**summary, "threads": threads[-1:], "processes": processes[-1:]}
+    assert "Processes that waited most" not in render_text(only)
+
+
+def test_stacks_of_go_s_runtime_tell_whose_sleep_it_was(summary: dict[str, Any]) -> None:
+    slept = ["runtime.futex.abi0", "runtime.futexsleep", "runtime.notesleep", "runtime.stopm"]
+    stacks = [
+        {**stack, "user": [*slept, "runtime.findRunnable"]}
+        for stack in summary["stacks"]["blocked"][:1]
+    ]
+    text = render_text({**summary, "stacks": {"wait": [], "blocked": stacks}})
+    assert "  runtime.futex.abi0 < runtime.stopm < runtime.findRunnable\n" in text
+
+
 def test_several_targets_keep_their_number(summary: dict[str, Any]) -> None:
     several = copy.deepcopy(summary)
     several["capture"]["targets"] = [{"tgid": 812, "comm": "x" * 15}] * 12

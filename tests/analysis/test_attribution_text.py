@@ -264,6 +264,30 @@ def test_the_rest_of_the_attribution(summary: dict[str, Any]) -> None:
         assert piece in text
 
 
+def test_a_call_that_is_hardly_late_is_not_taken_apart(summary: dict[str, Any]) -> None:
+    (late, *_) = [call for call in summary["sleeps"] if call["overshot"]]
+    p99_ns = late["overshoot_ns"]["p99"]
+    for ns, told in ((p99_ns // 5, True), (p99_ns // 20, False)):
+        less = {**late, "call": "pselect6", "overshoot_ns": {**late["overshoot_ns"], "p99": ns}}
+        text = render_text({**summary, "sleeps": [late, less]})
+        assert f"  {late['call']} overshot by " in text
+        assert re.search(r"^  pselect6 +\d", text, re.MULTILINE)
+        assert ("  pselect6 overshot by " in text) == told
+
+
+def test_a_count_of_threads_that_has_no_room_is_left_out(summary: dict[str, Any]) -> None:
+    one = next(one for one in summary["waits"]["culprit_processes"] if one["cause"] == "other")
+    for name, shown in (
+        ("batch", "batch (pid 1234567), 15 threads"),
+        ("n" * 15, "n" * 15 + " (pid 1234567)"),
+    ):
+        long = {**one, "comm": name, "tgid": 1_234_567, "threads": 15}
+        waits = {**summary["waits"], "culprit_processes": [long], "culprit_processes_all": [long]}
+        assert re.search(
+            rf"^    {re.escape(shown)} ", render_text({**summary, "waits": waits}), re.M
+        )
+
+
 def test_unknown_is_shown_when_it_is_nothing(tmp_path: Path) -> None:
     tables = story()
     for name in ("waits", "totals", "threads"):

@@ -115,6 +115,19 @@ def test_labels_stay_inside_their_frames_at_every_zoom(browser: Browser, tmp_pat
         browser.press("Escape")
 
 
+def test_a_cut_name_is_the_function_s_own_and_whole_where_it_fits(
+    browser: Browser, tmp_path: Path
+) -> None:
+    name = "net/http.(*Server).Serve.func3"
+    stacks = [((APP, *user(name)), 150), ((APP, *user("main")), 850)]
+    show(browser, tmp_path, Profile(title="t", stacks=stacks))
+    assert one(state(browser), name)["label"] == "…(*Server).Serve.func3"
+    click(browser, name)
+    assert one(state(browser), name)["label"] == name
+    browser.press("Escape")
+    assert one(state(browser), name)["label"] == "…(*Server).Serve.func3"
+
+
 def test_click_zooms_and_the_button_resets(browser: Browser, tmp_path: Path) -> None:
     show(browser, tmp_path)
     before = state(browser)
@@ -292,7 +305,10 @@ def test_tooltip_says_name_time_and_share(browser: Browser, tmp_path: Path) -> N
     assert (visibility, lines) == ("visible", ["read", "500 ms, 50.00 % · /usr/bin/app"])
     browser.hover(browser.find('.frames > g[aria-label^="[not sampled],"]'))
     _, lines, left, right, width = browser.run(tip)
-    assert lines == ["[not sampled]", "40.0 ms, 4.00 %"]
+    assert lines == [
+        "[not sampled]",
+        "40.0 ms, 4.00 % · exact time of which no stack was taken",
+    ]
     assert 0 <= left < right <= width
     browser.hover(browser.find(".h1"))
     assert browser.run(tip)[0] == "hidden"

@@ -394,6 +394,38 @@ def test_culprits_are_as_wide_as_the_time_they_ran() -> None:
     assert dict(profile.facts)["nobody ran"] == "70 µs of that, not in this picture"
 
 
+def test_a_culprit_is_one_process_whatever_its_threads_are_called() -> None:
+    """As the report has it: by its first thread's name, or else the one that ran longest."""
+    slices = [
+        ran("other", "java", 50, 1_000, (12, 1_000)) | {"tid": 50},
+        ran("other", "C2 CompilerThre", 50, 5_000, (12, 5_000)) | {"tid": 51},
+        ran("other", "sh", 60, 1_000, (-1, 0)) | {"tid": 60},
+        ran("other", "gzip", 60, 3_000, (-1, 0)) | {"tid": 60},
+        ran("other", "pool-1", 70, 2_000, (-1, 0)) | {"tid": 71},
+        ran("other", "pool-2", 70, 1_000, (-1, 0)) | {"tid": 72},
+    ]
+    made = capture([], slices=slices, totals=[{"tgid": 100} | caused(other=13_000)])
+    assert folded(build_profile(made, kind="culprit")) == [
+        "gzip (60);[not sampled] 4",
+        "java (50);[no user stack];-;schedule 6",
+        "pool-1 (70);[not sampled] 3",
+    ]
+    assert folded(build_profile(made, kind="culprit", pids=False))[1].startswith("java;")
+    by_thread = folded(build_profile(made, kind="culprit", level="thread"))
+    assert "C2 CompilerThre/51;[no user stack];-;schedule 5" in by_thread
+
+
+def test_functions_of_javascript_are_one_whatever_compiled_them() -> None:
+    frames = [
+        {"id": 90 + i, "symbol": f"JS:{tier}page /srv/a.js:1:2", "module": "", "space": "jit"}
+        for i, tier in enumerate("~^*")
+    ]
+    stacks = [{"id": 90 + i, "frames": [90 + i], "whole": True} for i in range(3)]
+    waits = [{"stack": 90 + i, "weight_ns": 1_000} for i in range(3)]
+    profile = build_profile(capture(waits, frames=frames, stacks=stacks), kind="wait")
+    assert folded(profile) == ["app;page /srv/a.js:1:2 3"]
+
+
 def test_slices_that_the_counters_do_not_know_yet_are_all_shown() -> None:
     """A capture that was cut off: its last rows are younger than its last counters."""
     made = capture([], slices=SLICES, totals=[], manifest={"complete": False})
@@ -507,7 +539,7 @@ MANIFEST = {
 def test_facts_of_the_capture() -> None:
     made = capture([{"stack": 12, "weight_ns": 2_000_000}], manifest=MANIFEST)
     profile = build_profile(made, kind="wait")
-    assert profile.title == "Waiting to run · a (0), b (1), c (2), 2 more"
+    assert profile.title == "Waiting to run · a (0) and 4 more"
     assert profile.facts == [
         ("kind", "wait"),
         ("host", "box"),

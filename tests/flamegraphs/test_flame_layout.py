@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from latrace.flamegraphs import Frame, Profile, to_svg
 from latrace.flamegraphs.layout import ROOT, lay_out
 from latrace.flamegraphs.profile import NOT_SAMPLED
-from latrace.flamegraphs.svg import MAX_FRAMES, PAD, ROW, WIDTH
+from latrace.flamegraphs.svg import MAX_FRAMES, PAD, ROW, SCREEN_ROWS, WIDTH
 
 ROOM = WIDTH - 2 * PAD
 
@@ -146,6 +146,40 @@ def test_a_frame_below_a_tenth_of_a_pixel_is_not_drawn_but_said() -> None:
     svg = to_svg(profile)
     assert [box.name for box in drawn(svg)] == ["all · 10.0 s", "app", "z"]
     assert re.search(r"2 frames are too narrow to draw: stacks worth \d+ µs end in them", svg)
+
+
+def test_a_hair_does_not_make_the_picture_many_screens_high() -> None:
+    """Beyond a screen's rows a frame is drawn only where it is wider than a hair."""
+    total = 10_000_000
+    deep = user(*(f"f{i}" for i in range(200)))
+    for pixels, rows in ((1.9, SCREEN_ROWS), (2.1, 202)):
+        hair = int(total * pixels / ROOM)
+        profile = Profile(title="t", stacks=[((APP, *deep), hair), ((APP,), total - hair)])
+        svg = to_svg(profile)
+        assert 1 + max(box.depth for box in drawn(svg)) == rows
+        assert ("162 frames are too narrow to draw" in svg) == (rows == SCREEN_ROWS)
+
+
+@given(profiles, st.floats(0, 0.5), st.floats(0, 1), st.integers(0, 5))
+def test_what_is_drawn_beyond_the_screen_is_wide_enough(
+    profile: Profile, min_share: float, min_share_beyond: float, screen: int
+) -> None:
+    everything = lay_out(profile, max_boxes=10**6)
+    layout = lay_out(
+        profile,
+        min_share=min_share,
+        max_boxes=10**6,
+        screen=screen,
+        min_share_beyond=min_share_beyond,
+    )
+    total = profile.total_us
+    beyond = max(min_share, min_share_beyond)
+    assert set(layout.boxes) == {
+        box
+        for box in everything.boxes
+        if not box.depth or box.value >= total * (min_share if box.depth < screen else beyond)
+    }
+    assert layout.hidden_us == total - sum(box.own for box in layout.boxes)
 
 
 def test_the_file_stays_small_for_a_hundred_thousand_stacks() -> None:

@@ -115,7 +115,21 @@ COLLAPSED = [
     (
         "runtime.mcall runtime.park_m runtime.schedule runtime.findRunnable runtime.stopm"
         " runtime.mPark runtime.futex",
-        "runtime.futex",
+        "runtime.findRunnable runtime.stopm runtime.futex",
+    ),
+    (
+        "runtime.clone.abi0 runtime.mstart1 runtime.schedule runtime.startlockedm runtime.stopm"
+        " runtime.notesleep runtime.futexsleep runtime.futex.abi0",
+        "runtime.stopm runtime.futex.abi0",
+    ),
+    (
+        "Builtins_JSEntry handle Builtins_CEntry_Return1_ArgvOnStack_BuiltinExit"
+        " v8::internal::Builtin_HandleApiCall(int,_v8::internal::Isolate*)"
+        " v8::internal::FunctionCallbackArguments::Call(v8::internal::CallHandlerInfo)"
+        " v8::internal::MicrotaskQueue::RunMicrotasks(v8::internal::Isolate*)"
+        " Builtins_RunMicrotasks Builtins_AsyncFunctionAwaitResolveClosure later"
+        " Builtins_ArrayPrototypeSort Builtins_CallFunction_ReceiverIsAny compare",
+        "handle later Builtins_ArrayPrototypeSort compare",
     ),
     ("runtime.goexit app.f runtime.mallocgc app.g", "app.f runtime.mallocgc app.g"),
     (
@@ -146,6 +160,44 @@ def test_collapse(before: str, after: str) -> None:
     assert shape.collapsed(waker, outermost_last=True) == (*stack(after)[::-1], APP)
 
 
+SYSCALL = ("entry_SYSCALL_64_after_hwframe", "do_syscall_64")
+IN_KERNEL = [
+    ((*SYSCALL, "do_epoll_wait", "schedule", "__schedule"), ("do_epoll_wait",)),
+    (
+        ("asm_sysvec_apic_timer_interrupt", "irqentry_exit_to_user_mode", "schedule", "__schedule"),
+        ("irqentry_exit_to_user_mode",),
+    ),
+    (
+        (*SYSCALL, "vfs_read", "asm_common_interrupt", "preempt_schedule_irq", "__schedule"),
+        ("vfs_read", "asm_common_interrupt"),
+    ),
+    (("ret_from_fork", "kthread", "kswapd", "schedule", "__schedule"), ("kswapd",)),
+    (("kthread", "worker_thread", "schedule"), ("kthread", "worker_thread", "schedule")),
+    (
+        (*SYSCALL, "do_futex", "futex_wake", "wake_up_q", "try_to_wake_up"),
+        ("do_futex", "futex_wake"),
+    ),
+    (
+        ("sock_def_readable", "__wake_up_sync_key", "__wake_up_common", "ep_poll_callback",
+         "__wake_up_sync", "__wake_up_common", "ep_autoremove_wake_function", "try_to_wake_up"),
+        ("sock_def_readable", "__wake_up_sync_key", "__wake_up_common", "ep_poll_callback"),
+    ),
+    (("try_to_wake_up",), ("try_to_wake_up",)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("before", "after"), IN_KERNEL)
+def test_collapse_leaves_of_the_kernel_what_it_did(
+    before: tuple[str, ...], after: tuple[str, ...]
+) -> None:
+    """Not how it got into the kernel, to its scheduler, or to the thread that it wakes."""
+    stack = (APP, *user("main", "f"), DASH)
+    assert shape.collapsed((*stack, *kernel(*before))) == (*stack, *kernel(*after))
+    waker = (*kernel(*before[::-1]), DASH, *user("f", "main"), APP)
+    expected = (*kernel(*after[::-1]), DASH, *user("f", "main"), APP)
+    assert shape.collapsed(waker, outermost_last=True) == expected
+
+
 def test_collapse_leaves_what_is_no_function_of_the_program() -> None:
     lost = Frame("[stack lost]", "marker")
     twice = (APP, APP, lost, lost, DASH, *kernel("clone3", "runtime.main"))
@@ -157,8 +209,9 @@ def test_collapse_leaves_what_is_no_function_of_the_program() -> None:
 
 
 names = st.sampled_from(
-    ["a", "b", "c", "main", "_start", "runtime.mcall", "uv_run", *HOSTILE_NAMES[:9]]
-)
+    ["a", "b", "c", "main", "_start", "runtime.mcall", "uv_run", "schedule", "do_syscall_64",
+     "try_to_wake_up", *HOSTILE_NAMES[:9]]
+)  # fmt: skip
 some = st.one_of(
     st.builds(Frame, names, st.sampled_from(["user", "jit", "kernel", "state", "marker"])),
     st.sampled_from([NOT_SAMPLED, NOT_ITEMISED, APP, DASH]),

@@ -9,12 +9,14 @@ from itertools import pairwise
 from typing import get_args
 
 import pytest
-from flame_samples import APP, HOSTILE, HOSTILE_NAMES, SMALL, SVG, drawn, user
+from flame_samples import APP, DASH, HOSTILE, HOSTILE_NAMES, SMALL, SVG, drawn, user
 from hypothesis import given
 from hypothesis import strategies as st
 
+from latrace.analysis.causes import CAUSES
 from latrace.flamegraphs import Frame, FrameKind, Profile, to_svg
-from latrace.flamegraphs.svg import CELL, INSET, WIDTH
+from latrace.flamegraphs.meanings import meaning_of
+from latrace.flamegraphs.svg import CELL, INSET, PAD, SCREEN_ROWS, WIDTH
 from latrace.flamegraphs.text import cells, visible
 
 ALLOWED = {"svg", "title", "desc", "style", "rect", "g", "text", "tspan", "script"}
@@ -61,9 +63,54 @@ def test_labels_fit_their_frames_without_the_script() -> None:
     for profile in (SMALL, HOSTILE):
         for box in drawn(to_svg(profile)):
             assert 2 * INSET + cells(box.label) * CELL <= box.width or not box.label
-            if box.label != box.name:
-                assert box.label == "" or box.label.endswith("…")
-                assert box.name.startswith(box.label[:-1].rstrip())
+            if box.label not in ("", box.name):
+                assert "…" in (box.label[0], box.label[-1])
+                assert box.label.strip("…").rstrip() in box.name
+
+
+def test_a_cut_name_is_rather_the_function_s_own_than_its_qualifiers() -> None:
+    def label(name: str, kind: FrameKind, columns: int) -> str:
+        frames = (APP, Frame(name, kind, ""))
+        narrow = int((columns * CELL + 2 * INSET + 1) / (WIDTH - 2 * PAD) * 1_000_000)
+        profile = Profile(title="t", stacks=[(frames, narrow), ((APP,), 1_000_000 - narrow)])
+        return drawn(to_svg(profile))[-1].label
+
+    name = "net/http.(*conn).serve"
+    assert label(name, "user", 22) == name
+    assert label(name, "user", 21) == "…(*conn).serve"
+    assert label(name, "jit", 10) == "…(*conn).…"
+    assert label(name, "process", 10) == "net/http.…"
+    assert label("node::Start(int, char**)", "user", 18) == "node::Start(int,…"
+    assert label(name, "user", 2) == ""
+
+
+def test_a_picture_higher_than_a_screen_has_its_root_at_the_top() -> None:
+    """It opens at the top, and the answer begins at the root."""
+    for rows, inverted in ((SCREEN_ROWS, False), (SCREEN_ROWS + 1, True)):
+        deep = Profile(title="t", stacks=[(user(*(f"f{i}" for i in range(rows - 1))), 5)])
+        boxes = drawn(to_svg(deep))
+        assert (boxes[0].y < boxes[-1].y) == inverted
+        assert boxes == drawn(to_svg(deep, inverted=inverted))
+        assert boxes != drawn(to_svg(deep, inverted=not inverted))
+
+
+def test_what_is_no_function_is_explained() -> None:
+    frames = [Frame("[blocked]", "state"), Frame("[truncated]", "marker"), DASH]
+    stacks = [((frame,), 1) for frame in [*frames, Frame("[blocked]", "user")]]
+    about = {
+        box.kind + box.name: box.about for box in drawn(to_svg(Profile(title="", stacks=stacks)))
+    }
+    share = "1 µs, 25.00 %"
+    assert (
+        about["state[blocked]"] == f"{share} · off the CPU, with nothing to do until it was woken"
+    )
+    assert about["marker-"] == f"{share} · beyond are functions of the kernel"
+    assert about["user[blocked]"] == share  # a name that the program chose
+
+
+@pytest.mark.parametrize("cause", CAUSES)
+def test_each_cause_is_explained(cause: str) -> None:
+    assert meaning_of(Frame(f"[waiting: {cause}]", "state")).startswith("ready to run, but ")
 
 
 def test_a_wide_frame_shows_its_whole_name_and_a_narrow_one_none() -> None:
