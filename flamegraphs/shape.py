@@ -1,5 +1,4 @@
 """Another look at the same time: stacks picked, thinned, folded up or turned round.
-_PROGRAM: Final = CODE - {"kernel"}
 
 No time comes or goes: whatever is asked for, the weights add up to what they did before.
 """
@@ -28,6 +27,7 @@ _NAME_LIMIT: Final = 400  # of a name; beyond, its middle is cut out, as in the 
 HIDDEN: Final = Frame("[hidden]", "marker")
 """Stands for a stack all of whose frames were hidden."""
 
+_PROGRAM: Final = CODE - {"kernel"}
 _KEPT: Final = frozenset((NOT_SAMPLED, NOT_ITEMISED, NOT_MATCHED))
 
 # Where glibc and musl begin a program or a thread. Only at the outer end of a stack: further in,
