@@ -17,6 +17,7 @@ from types import FrameType
 from typing import Final, TypeAlias
 
 from latrace.analysis.frames import is_border, telling
+from latrace.analysis.start_up import is_start_up
 from latrace.flamegraphs.profile import CODE, NOT_ITEMISED, NOT_MATCHED, NOT_SAMPLED, Frame
 from latrace.flamegraphs.text import visible
 
@@ -30,12 +31,6 @@ HIDDEN: Final = Frame("[hidden]", "marker")
 _PROGRAM: Final = CODE - {"kernel"}
 _KEPT: Final = frozenset((NOT_SAMPLED, NOT_ITEMISED, NOT_MATCHED))
 
-# Where glibc and musl begin a program or a thread. Only at the outer end of a stack: further in,
-# they are what the program called.
-_START_UP: Final = re.compile(
-    r"(_start(_c)?|__libc_start_main(_impl)?|__libc_start_call_main|libc_start_main_stage2"
-    r"|_dl_start_user|start_thread|(__)?clone3?)([@.].*)?"
-)
 _GO: Final = (
     r"runtime\.(goexit[01]?|main|mcall|systemstack(_switch)?|asmcgocall|mstart[01]?|rt0_go|gogo"
     r"|clone|park_m|schedule|mPark|execute|gopark|goparkunlock|startlockedm|stoplockedm"
@@ -231,7 +226,7 @@ def collapsed(stack: _Stack, *, outermost_last: bool = False) -> _Stack:
         if i in routine:
             continue
         if frame.kind in _PROGRAM:
-            begins = starting and _START_UP.fullmatch(frame.name)
+            begins = starting and is_start_up(frame.name)
             if i != last and (begins or _INTERNAL.fullmatch(frame.name)):
                 continue
             starting = False

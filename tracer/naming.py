@@ -19,6 +19,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from latrace.analysis.start_up import is_start_up
+
 from .stacks import RawStack
 from .symbols import Frame, Space
 from .unwinding.pointers import OUTERMOST, depth_of, join
@@ -26,22 +28,6 @@ from .unwinding.walker import WHOLE, Walked, Walker
 
 # Frames of the tracepoint and of our own program above the point where the thread stood.
 _KERNEL_ENTRY = ("__schedule", "try_to_wake_up", "wake_up_new_task")
-
-# First functions of a thread: a walk that ends in one of them is whole.
-_ROOTS = frozenset(
-    {
-        "_start",
-        "__libc_start_main",
-        "__libc_start_call_main",
-        "__libc_start_main_impl",
-        "clone",
-        "__clone",
-        "clone3",
-        "__clone3",
-        "start_thread",
-    }
-    | OUTERMOST
-)
 
 _REMEMBERED = 1 << 17  # distinct stacks; beyond, all are forgotten: one that recurs gets a new id
 _NAMED = -1  # for good; else a number that changes when JIT code without a name may have got one
@@ -283,7 +269,9 @@ class Naming:
 
     @staticmethod
     def _is_rooted(frames: list[Frame]) -> bool:
-        return bool(frames) and frames[-1].symbol in _ROOTS
+        """Whether the outermost function is the first of a thread."""
+        symbol = frames[-1].symbol if frames else None
+        return symbol is not None and (symbol in OUTERMOST or is_start_up(symbol))
 
     def _late_frames(self, stack: RawStack) -> list[Frame]:
         """Frames without names; with what a later look-up needs, where that is known."""
