@@ -6,6 +6,7 @@ import copy
 import ctypes
 import itertools
 import json
+import re
 import statistics
 import subprocess
 import sys
@@ -26,9 +27,11 @@ from benchmarks import (  # noqa: E402
     page,
     reader,
     slowdown,
+    stacks,
     suite,
     times,
     tools,
+    whole,
 )
 from benchmarks.context import Context  # noqa: E402
 from benchmarks.errors import BenchError  # noqa: E402
@@ -212,6 +215,12 @@ def drained(name: str, cpu_ns: float, *, per_s: int | None, ring: int, lost: flo
     }
 
 
+def looked(**figures: float) -> dict[str, Any]:
+    """What one tool took for the stacks of a program."""
+    usual = {"per_s": 400, "total_us": 700, "naming_us": 90, "bytes": 1e3, "memory": 2e8, "lost": 0}
+    return {name: flat(value) for name, value in (usual | figures).items()}
+
+
 def document() -> dict[str, Any]:
     """Results as a good machine would give them, all promises kept."""
     contenders = {
@@ -263,6 +272,53 @@ def document() -> dict[str, Any]:
                     drained("capture", 400, per_s=reader.LOSS_RATE, ring=1 << 20, lost=0.08),
                     drained("capture", 400, per_s=None, ring=ring, lost=0.5),
                 ]
+            },
+            "stacks": {
+                "seconds": 8.0,
+                "samples_hz": 199,
+                "programs": {
+                    "python3": {
+                        stacks.WITH: looked(asleep_bpf_ns=4e3, cpu_bpf_ns=9e3, copy_pages=4),
+                        stacks.WITHOUT: looked(asleep_bpf_ns=2e3, cpu_bpf_ns=7e3, copy_pages=4),
+                        "perf, sched_switch": looked(lost=12),
+                        "py-spy --native": {
+                            name: flat(value)
+                            for name, value in {
+                                "wall_ms": 76.5,
+                                "stopped_ms": 54.3,
+                                "total_us": 2e3,
+                                "stacks": 4,
+                            }.items()
+                        },
+                    }
+                },
+            },
+            "tables": {
+                "modules": {
+                    "libc": {
+                        "rows": flat(28_522),
+                        "rules": flat(397),
+                        "section_bytes": flat(2e5),
+                        "bytes": flat(2.3e5),
+                        "cold_s": flat(0.3),
+                        "cached_s": flat(0.002),
+                    }
+                }
+            },
+            "whole": {
+                "seconds": 10,
+                "samples_hz": 199,
+                "programs": {
+                    name: {
+                        "asleep": {"stacks": 900, "whole": flat(0.99), "ends": []},
+                        "cpu": {
+                            "stacks": 800,
+                            "whole": flat(0.975),
+                            "ends": [(20, "libfoo.so.1", "no unwind table")],
+                        },
+                    }
+                    for name in whole.PROGRAMS
+                },
             },
             "times": {
                 "load": "pipe",
@@ -318,6 +374,8 @@ def test_a_good_machine_keeps_all_promises() -> None:
         (f"messaging/contenders/{tools.NEIGHBOUR.name}", slower(1.03), "messaging: untraced"),
         ("reader/runs/0/values", [150] * 10, "decode: less CPU than bcc's callback"),
         ("loss/runs/0/lost_runs", 1, "1 M/s, ring of --min 0"),
+        ("whole/programs/nginx/asleep/whole", flat(0.979), "nginx: whole asleep"),
+        ("whole/programs/Go service/cpu/whole", flat(0.969), "Go service: whole on the CPU"),
         ("times/phases/start/first_event_s", flat(0.51), "command to first event"),
         ("times/phases/end/summary_s", flat(1.01), "summary after 1,000,000 waits"),
     ],
@@ -342,6 +400,8 @@ def test_the_text_fits_a_terminal_and_says_everything() -> None:
     assert "Some Processor" in text
     for told in ("+10.0 %", "50.0% (10/10)", "needs kernel headers", "interleaved", "binomial"):
         assert told in text
+    for told in ("7,000", "54 ms of which", "20 in libfoo.so.1: no unwind table"):
+        assert told in re.sub(r"\s+", " ", text)
     for benchmark in suite.BENCHMARKS.values():
         assert benchmark.title in text
 

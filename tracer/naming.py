@@ -77,6 +77,7 @@ class Naming:
         self._unnamed: dict[int, RawStack] = {}
         self._waiting_bytes = 0
         self._counts: Counter[str] = Counter()
+        self._cpu_s = 0.0
         self._met: set[int] = set()
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="latrace-names", daemon=True)
@@ -169,9 +170,11 @@ class Naming:
         self._thread.join(_CLOSE_TIMEOUT_S)
 
     def stats(self) -> dict[str, Any]:
-        """What the look-up refused or could not read, by reason."""
+        """What the look-up refused or could not read, by reason; and the CPU time of its thread for
+        so many stacks."""
         counts = {name: self._counts[name] for name in ("late", "copies_dropped")}
-        return self._symbolizer.stats | counts | {"unwinding": self._walker.stats}
+        took = {"stacks": self._added, "cpu_s": round(self._cpu_s, 6)}
+        return self._symbolizer.stats | counts | took | {"unwinding": self._walker.stats}
 
     def _run(self) -> None:
         try:
@@ -233,6 +236,7 @@ class Naming:
             if stack.number < 0:
                 rows.numbers.append((stack.key, number))
             self._waiting_bytes -= stack.copy_bytes
+        self._cpu_s = time.thread_time()
         self._done.put(rows)
         for serial, _ in batch:
             self._unnamed.pop(serial, None)

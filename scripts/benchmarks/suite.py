@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from . import programs, reader, slowdown, times
+from . import module_tables, programs, reader, slowdown, stacks, times, whole
 from .context import Context
 from .goals import Goal
 
@@ -58,5 +58,18 @@ BENCHMARKS = {
     "loss": Benchmark(
         "Events lost, by rate and ring", reader.run_loss, reader.render_loss, reader.loss_goals
     ),
+    "stacks": Benchmark(
+        "What a stack costs, beside perf and py-spy",
+        stacks.run,
+        stacks.render,
+        lambda _result: [],
+    ),
+    "tables": Benchmark(
+        "Unwinding tables of modules",
+        module_tables.run,
+        module_tables.render,
+        lambda _result: [],
+    ),
+    "whole": Benchmark("Whole stacks, by program", whole.run, whole.render, whole.goals),
     "times": Benchmark("Time to wait, and memory", times.run, times.render, times.goals),
 }
