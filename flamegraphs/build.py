@@ -11,6 +11,8 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from itertools import chain
+from types import MappingProxyType
 from typing import Any, Final, Literal, Protocol, TypeAlias, get_args
 
 import pyarrow as pa
@@ -29,6 +31,7 @@ from latrace.flamegraphs.profile import (
     whole_microseconds,
 )
 from latrace.flamegraphs.shape import Shape
+from latrace.flamegraphs.short import short_name
 from latrace.flamegraphs.text import human_share, human_us
 
 Kind: TypeAlias = Literal["wait", "offcpu", "culprit", "waker", "wall"]
@@ -79,6 +82,7 @@ _SUBTITLES: Final[dict[Kind, str]] = {
 _CAUSE_NS: Final = tuple(f"{cause}_ns" for cause in CAUSES)
 
 AS_RECORDED: Final = Shape()
+NOTHING_INLINED: Final[Mapping[int, Sequence[str]]] = MappingProxyType({})
 
 _Stack: TypeAlias = tuple[Frame, ...]
 
@@ -145,6 +149,8 @@ def build_profile(
     pids: bool = True,
     level: Level = "process",
     shape: Shape = AS_RECORDED,
+    inlined: Mapping[int, Sequence[str]] = NOTHING_INLINED,
+    short_names: bool = False,
 ) -> Profile:
     """Return the capture's time by stack.
 
@@ -172,12 +178,17 @@ def build_profile(
     culprit's is the culprit's); what was not sampled is nobody's. By "none" there is no frame of a
     process, and culprits of one name are one. `shape` then changes the stacks; the root stays.
 
+    `inlined`: by frame id, the functions that the frame's function has inlined there, innermost
+    first; each becomes a frame. `short_names`: without parameters, template arguments and the like,
+    so that functions that only differ in these are one.
+
     Raises ValueError for an unknown kind, SlowPatternError for a pattern that never ends.
     """
     if kind not in KINDS:
         raise ValueError(f"no flame graph kind {kind!r}: it is one of {', '.join(KINDS)}")
     totals = _totals(capture)
-    parts = _parts(capture, kind, totals, level=level, pids=pids and level != "none")
+    known = _Stacks(capture, inlined, short_names=short_names)
+    parts = _parts(capture, kind, totals, known, level=level, pids=pids and level != "none")
     warnings = _warnings(capture)
     counted = [part for part in parts if part.exact_ns is not None]
     counted_ns = sum(part.total_ns for part in counted)
@@ -214,6 +225,7 @@ def build_profile(
         started_ns=capture.manifest.get("started_realtime_ns") or 0,
         duration_ns=_duration_ns(capture.manifest),
         period_ns=_period_ns(capture.manifest, kind),
+        innermost_first=(kind == "waker") != shape.reverse,
     )
 
 
@@ -221,9 +233,14 @@ def build_profile(
 
 
 def _parts(
-    capture: CaptureTables, kind: Kind, totals: Mapping[str, int], *, level: Level, pids: bool
+    capture: CaptureTables,
+    kind: Kind,
+    totals: Mapping[str, int],
+    known: _Stacks,
+    *,
+    level: Level,
+    pids: bool,
 ) -> list[_Part]:
-    known = _Stacks(capture)
     if kind == "culprit":
         return _culprits(capture, known, totals, pids=pids, tids=level == "thread")
     whose = _Whose(capture, level)
@@ -461,8 +478,16 @@ def _grouped(
 class _Stacks:
     """The stacks of a capture as frames, made on demand: only those that weigh something."""
 
-    def __init__(self, capture: CaptureTables) -> None:
+    def __init__(
+        self,
+        capture: CaptureTables,
+        inlined: Mapping[int, Sequence[str]],
+        *,
+        short_names: bool,
+    ) -> None:
         self._capture = capture
+        self._inlined = inlined
+        self._short = short_names
         self._parts: dict[int, tuple[_Stack, _Stack, bool]] = {}
 
     def load(self, ids: Iterable[int | None]) -> None:
@@ -475,18 +500,29 @@ class _Stacks:
         for stack, leaf_first, whole, split in zip(*columns, strict=True):
             found = [frames.get(frame) for frame in leaf_first or ()]
             if split is None:
-                split = sum(1 for frame in found if frame and frame.kind == "kernel")  # noqa: PLW2901
-            kernel = [frame or Frame("[unknown]", "kernel") for frame in found[:split]]
-            user = [frame or Frame("[unknown]", "user") for frame in found[split:]]
-            self._parts[stack] = (tuple(kernel), tuple(user), bool(whole))
+                split = sum(1 for part in found if part and part[-1].kind == "kernel")  # noqa: PLW2901
+            kernel = [part or (Frame("[unknown]", "kernel"),) for part in found[:split]]
+            user = [part or (Frame("[unknown]", "user"),) for part in found[split:]]
+            self._parts[stack] = (_flat(kernel), _flat(user), bool(whole))
 
-    def _frames(self, wanted: set[int]) -> dict[int, Frame]:
+    def _frames(self, wanted: set[int]) -> dict[int, _Stack]:
+        """What each frame of the capture is drawn as, innermost first: inlined ones, and itself."""
         rows = self._rows("frames", wanted, ("symbol", "module", "offset", "space"))
         columns = (rows[name].to_pylist() for name in ("id", "symbol", "module", "offset", "space"))
         return {
-            id_: _frame(symbol, module or "", offset, space)
+            id_: (
+                *(Frame(self._name(name), "inlined", module or "") for name in self._inside(id_)),
+                _frame(symbol and self._name(symbol, space), module or "", offset, space),
+            )
             for id_, symbol, module, offset, space in zip(*columns, strict=True)
         }
+
+    def _inside(self, id_: int) -> Sequence[str]:
+        return self._inlined.get(id_, ())
+
+    def _name(self, symbol: str, space: str | None = "user") -> str:
+        # Names of JIT compilers follow rules of their own.
+        return short_name(symbol) if self._short and space == "user" else symbol
 
     def _rows(self, table: str, wanted: set[int], columns: tuple[str, ...]) -> pa.Table:
         rows = self._capture.table(table, columns=("id", *columns))
@@ -520,6 +556,10 @@ class _Stacks:
             return (*kernel, TO_KERNEL, NO_USER_STACK, name) if kernel else (STACK_LOST, name)
         cut = () if whole else (TRUNCATED,)
         return (*kernel, *((TO_KERNEL,) if kernel else ()), *user, *cut, name)
+
+
+def _flat(parts: Iterable[_Stack]) -> _Stack:
+    return tuple(chain.from_iterable(parts))
 
 
 def _frame(symbol: str | None, module: str, offset: int | None, space: str | None) -> Frame:

@@ -9,20 +9,25 @@ from __future__ import annotations
 import gzip
 import io
 from collections.abc import Iterable
-from typing import Final
+from itertools import chain
+from typing import Final, TypeAlias
 
-from latrace.flamegraphs.profile import Frame, Profile, merged
+from latrace.flamegraphs.profile import CODE, Frame, Profile, merged
 from latrace.flamegraphs.text import visible
 
 _VARINT: Final = 0
 _BYTES: Final = 2
+
+_Location: TypeAlias = tuple[Frame, ...]
+"""The functions at one place in the code, innermost first: what is inlined, then what holds it."""
 
 
 def to_pprof(profile: Profile) -> bytes:
     """Return the profile as a gzipped `perftools.profiles.Profile`, the same bytes each time.
 
     One sample for each stack, leaf first, in nanoseconds; they add up to `profile.total_ns`. Every
-    frame is a function, a module its file and its mapping. Labels name the process, the thread, the
+    frame is a function, a module its file and its mapping. Inlined functions share the location of
+    the one that they are in. Labels name the process, the thread, the
     state and the cause of a stack. Facts and warnings are comments.
     """
     strings = _Strings()
@@ -30,24 +35,28 @@ def to_pprof(profile: Profile) -> bytes:
     value_type = _ints(1, strings[kind]) + _ints(2, strings["nanoseconds"])
     mappings: dict[str, int] = {}
     functions: dict[Frame, int] = {}
+    locations: dict[_Location, int] = {}
     out = [_message(1, value_type)]
     for stack, weight_ns in merged(profile.stacks_ns):
         if weight_ns:
-            ids = [functions.setdefault(frame, len(functions) + 1) for frame in reversed(stack)]
+            places = _places(stack, alone=profile.innermost_first)
+            ids = [locations.setdefault(place, len(locations) + 1) for place in reversed(places)]
             sample = [_packed(1, ids), _packed(2, [weight_ns])]
             for key, value in _labels(stack):
                 sample.append(_message(3, _ints(1, strings[key]) + _ints(2, strings[value])))
             out.append(_message(2, b"".join(sample)))
     # The first is taken for the program itself: no library, and not the kernel.
+    for frame in chain.from_iterable(locations):
+        functions.setdefault(frame, len(functions) + 1)
     modules = dict.fromkeys(frame.module for frame in functions if frame.module)
     for module in sorted(modules, key=lambda name: (name.startswith("["), ".so" in name)):
         id_ = mappings[module] = len(mappings) + 1
         # It has its functions (7): nobody need look for the file to find them.
         mapping = _ints(1, id_) + _ints(5, strings[visible(module)]) + _ints(7, 1)
         out.append(_message(3, mapping))
-    for frame, id_ in functions.items():
-        line = _message(4, _ints(1, id_))
-        out.append(_message(4, _ints(1, id_) + _ints(2, mappings.get(frame.module, 0)) + line))
+    for place, id_ in locations.items():
+        lines = b"".join(_message(4, _ints(1, functions[frame])) for frame in place)
+        out.append(_message(4, _ints(1, id_) + _ints(2, mappings.get(place[-1].module, 0)) + lines))
     for frame, id_ in functions.items():
         # Without a system_name (3), pprof takes the name as it is.
         name, file = visible(frame.name) or "[unknown]", visible(frame.module)
@@ -69,6 +78,24 @@ def to_pprof(profile: Profile) -> bytes:
     with gzip.GzipFile(filename="", mode="wb", fileobj=packed, mtime=0) as stream:
         stream.write(b"".join(out))
     return packed.getvalue()
+
+
+def _places(stack: _Location, *, alone: bool) -> list[_Location]:
+    """Divide a stack, root first, into locations: a function and what it has inlined, that first.
+
+    `alone`: in a stack that stands on its head each function has its own.
+    """
+    places: list[_Location] = []
+    for frame in stack:
+        if not alone and places and frame.kind == "inlined" and _has_room(places[-1][-1], frame):
+            places[-1] = (frame, *places[-1])
+        else:
+            places.append((frame,))
+    return places
+
+
+def _has_room(outer: Frame, inlined: Frame) -> bool:
+    return outer.kind in CODE and outer.module == inlined.module
 
 
 def _labels(stack: tuple[Frame, ...]) -> Iterable[tuple[str, str]]:

@@ -8,7 +8,7 @@ from fractions import Fraction
 from typing import Literal, NamedTuple, TypeAlias
 
 FrameKind: TypeAlias = Literal[
-    "state", "process", "thread", "user", "jit", "kernel", "network", "marker"
+    "state", "process", "thread", "user", "inlined", "jit", "kernel", "network", "marker"
 ]
 
 
@@ -24,7 +24,7 @@ class Frame(NamedTuple):
     module: str = ""
 
 
-CODE: frozenset[FrameKind] = frozenset(("user", "jit", "kernel"))
+CODE: frozenset[FrameKind] = frozenset(("user", "inlined", "jit", "kernel"))
 """What is a function."""
 
 NOT_SAMPLED = Frame("[not sampled]", "marker")
@@ -50,7 +50,8 @@ class Profile:
     `facts` are (key, value) pairs about the capture for people to read; `warnings` are sentences
     that must not be overlooked (loss, degradation). `exact` are the stacks before rounding, in
     nanoseconds, where they are known. `kind` is what the time is of; `started_ns` is of the wall
-    clock, `period_ns` what a sample stands for. 0: not known.
+    clock, `period_ns` what a sample stands for. 0: not known. `innermost_first`: callers stand
+    above what they call, not below.
     """
 
     title: str
@@ -64,6 +65,7 @@ class Profile:
     started_ns: int = 0
     duration_ns: int = 0
     period_ns: int = 0
+    innermost_first: bool = False
 
     @property
     def stacks_ns(self) -> Sequence[tuple[tuple[Frame, ...], int]]:

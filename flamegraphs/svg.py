@@ -48,6 +48,7 @@ _LEGEND: Final[dict[FrameKind, str]] = {
     "process": "process",
     "thread": "thread",
     "user": "program",
+    "inlined": "inlined",
     "jit": "JIT code",
     "kernel": "kernel",
     "network": "lost TCP segments",

@@ -155,7 +155,7 @@ def test_the_legend_names_the_kinds_that_are_drawn_and_no_others() -> None:
     everything = Profile(title="t", stacks=[((Frame("f", kind),), 1) for kind in kinds])
     for profile, expected in (
         (everything, set(kinds)),
-        (SMALL, set(kinds) - {"thread", "state", "network"}),
+        (SMALL, set(kinds) - {"thread", "state", "network", "inlined"}),
     ):
         root = ET.fromstring(to_svg(profile))  # noqa: S314
         (legend,) = [g for g in root.iter(f"{SVG}g") if g.get("class") == "legend"]
@@ -184,7 +184,7 @@ def test_kinds_are_apart_in_grey_and_their_text_is_readable(
     grey = {kind: 116 * luminance(fills[kind]) ** (1 / 3) - 16 for kind in fills}
     apart = sorted(grey[kind] for kind in ("state", "user", "kernel", "jit", "marker"))
     assert all(b - a >= 9 for a, b in pairwise(apart)), grey
-    bright = ("state", "user", "jit", "network")
+    bright = ("state", "user", "inlined", "jit", "network")
     for kind in get_args(FrameKind):
         dark_text = kind != "state" if theme == "light" else kind in bright
         light_ink = "#ffffff" if theme == "light" else "#e8ebef"
