@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from latrace.tracer.symbols import gopclntab
 from latrace.tracer.symbols.frames import NAME_LIMIT
+from latrace.tracer.symbols.strings import Strings
 from latrace.tracer.symbols.table import (
     SEGMENT_COLUMNS,
     U64,
@@ -260,19 +261,7 @@ def _debuglink(source: Source, headers: Headers) -> tuple[bytes, int]:
     return name, int(struct.unpack_from(headers.layout.order + "I", data, at)[0])
 
 
-@dataclass(frozen=True, slots=True)
-class _Strings:
-    """A string table, and where its strings end."""
-
-    data: bytes
-    stops: npt.NDArray[np.int64]
-
-    def ends(self, starts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        stops = self.stops[np.searchsorted(self.stops, starts)]
-        return np.asarray(np.minimum(stops, starts + NAME_LIMIT), dtype=np.int64)
-
-
-def _read_symbols(source: Source, headers: Headers, kind: int) -> tuple[Records, _Strings] | None:
+def _read_symbols(source: Source, headers: Headers, kind: int) -> tuple[Records, Strings] | None:
     which = np.flatnonzero(headers.sections["type"] == kind)
     if not which.size:
         return None
@@ -284,21 +273,19 @@ def _read_symbols(source: Source, headers: Headers, kind: int) -> tuple[Records,
     if count > MAX_SYMBOLS:
         raise ElfError("more symbols than any real file has")
     symbols = _records(source, dtype, int(section["offset"]), count)
-    data = _section_bytes(source, headers.sections[link], MAX_STRINGS) + b"\0"
-    stops = np.flatnonzero(np.frombuffer(data, dtype=np.uint8) == 0)
-    return symbols, _Strings(data, stops)
+    return symbols, Strings(_section_bytes(source, headers.sections[link], MAX_STRINGS))
 
 
-def _functions(symbols: Records, strings: _Strings) -> Records:
+def _functions(symbols: Records, strings: Strings) -> Records:
     kind = symbols["info"] & 0xF
     keep = (kind == _STT_FUNC) | (kind == _STT_GNU_IFUNC)
     keep &= (symbols["shndx"] != _SHN_UNDEF) & (symbols["shndx"] < _SHN_LORESERVE)
-    keep &= (symbols["name"] > 0) & (symbols["name"] < len(strings.data) - 1)
+    keep &= (symbols["name"] > 0) & (symbols["name"] < len(strings))
     functions: Records = symbols[keep]
     return functions
 
 
-def _rank(functions: Records, strings: _Strings) -> npt.NDArray[np.uint32]:
+def _rank(functions: Records, strings: Strings) -> npt.NDArray[np.uint32]:
     """Which of several names at one address is shown: the lowest.
 
     One with a size before one without, exported before local, and then the one with the fewest
@@ -317,7 +304,7 @@ def _rank(functions: Records, strings: _Strings) -> npt.NDArray[np.uint32]:
     return rank
 
 
-def _table(sections: Records, parts: list[tuple[Records, _Strings]]) -> SymbolTable:
+def _table(sections: Records, parts: list[tuple[Records, Strings]]) -> SymbolTable:
     if not parts:
         return empty_table()
     origin = np.repeat(np.arange(len(parts)), [len(functions) for functions, _ in parts])
@@ -363,7 +350,7 @@ def _table(sections: Records, parts: list[tuple[Records, _Strings]]) -> SymbolTa
     return build_table(starts, ends, names)
 
 
-def _plt(source: Source, headers: Headers, dynamic: tuple[Records, _Strings]) -> SymbolTable:
+def _plt(source: Source, headers: Headers, dynamic: tuple[Records, Strings]) -> SymbolTable:
     """Procedure linkage stubs of x86-64, named after the slot their `jmp *slot(%rip)` reads."""
     symbols, strings = dynamic
     slots: list[U64] = []
@@ -402,7 +389,7 @@ def _plt(source: Source, headers: Headers, dynamic: tuple[Records, _Strings]) ->
             where = np.minimum(np.searchsorted(slot, wanted), slot.size - 1)
             for index in np.flatnonzero(slot[where] == wanted):
                 begin = int(symbols["name"][target[where[index]]])
-                if 0 < begin < len(strings.data) - 1:
+                if 0 < begin < len(strings):
                     end = int(strings.ends(np.array([begin]))[0])
                     text = strings.data[begin:end].split(b"@", 1)[0] + b"@plt"
                     found.setdefault(int(base[hit][index]), (width, text))

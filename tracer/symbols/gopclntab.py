@@ -11,7 +11,7 @@ from typing import Final
 
 import numpy as np
 
-from latrace.tracer.symbols.frames import NAME_LIMIT
+from latrace.tracer.symbols.strings import Strings
 from latrace.tracer.symbols.table import SymbolTable, build_table
 
 SECTIONS: Final = (b".gopclntab", b".data.rel.ro.gopclntab")
@@ -63,11 +63,9 @@ def read_functions(data: bytes, order: str, text: int) -> SymbolTable:
     # One element for each byte: nobody promised that addresses are aligned.
     words = np.ndarray((len(data) - 3,), f"{order}u4", data, strides=(1,))
     begins = words[place.astype(np.int64)].astype(np.int64) + names_at
-    letters = np.frombuffer(data, np.uint8)
-    stops = np.append(np.flatnonzero(letters[names_at:] == 0) + names_at, len(data))
     if (begins >= len(data)).any():
         raise PclntabError("a name outside of it")
-    ends = np.minimum(stops[np.searchsorted(stops, begins)], begins + NAME_LIMIT)
+    ends = Strings(data, names_at).ends(begins)
     keep = (starts[1:] > starts[:-1]) & (ends > begins)
     if int((ends - begins)[keep].sum()) > MAX_NAMES:
         raise PclntabError("longer names than any real file has")

@@ -8,14 +8,13 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from symbols_tools import SAMPLE, Functions, addresses, build, libc
+from symbols_tools import SAMPLE, Functions, addresses, build, libc, worker
 
 import latrace.tracer.symbols
 from latrace.tracer.symbols import wire
@@ -30,15 +29,6 @@ from latrace.tracer.symbols.elf import FdSource, read_image
 from latrace.tracer.symbols.table import Image
 
 IMPORTS = "import os, socket, sys, time; s = socket.socket(fileno=int(sys.argv[1]));"
-
-
-@contextmanager
-def worker(**options: object) -> Iterator[Worker]:
-    result = Worker(**options)  # type: ignore[arg-type]
-    try:
-        yield result
-    finally:
-        result.close()
 
 
 def fake(code: str) -> tuple[str, ...]:
