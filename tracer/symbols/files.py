@@ -16,7 +16,14 @@ from latrace.tracer.symbols import wire
 from latrace.tracer.symbols.client import Worker, WorkerError
 from latrace.tracer.symbols.demangle import PREFIXES
 from latrace.tracer.symbols.frames import clean
-from latrace.tracer.symbols.procfs import Fd, Refused, open_beneath, regular, reopen
+from latrace.tracer.symbols.procfs import (
+    Fd,
+    Refused,
+    for_eyes_of,
+    open_beneath,
+    regular,
+    reopen,
+)
 from latrace.tracer.symbols.table import I64, U64, Image, merge
 
 DEBUG_FOLDER = b"/usr/lib/debug"
@@ -48,7 +55,8 @@ def key_of(status: os.stat_result) -> Key:
 class MappedFile:
     """One file, or one that could not be opened or is none (`[vdso]`, `[heap]`): no `key`.
 
-    `pending` is open until the file is `tried`, with the `root` its debug file is sought beneath.
+    `pending` is open until the file is `tried`, with the `root` its debug file is sought beneath,
+    for the eyes of `uid`.
     `used`: since the last `FileTable.let_go`. `shown_path` and `build_id` (hex) are for frames.
     """
 
@@ -61,6 +69,7 @@ class MappedFile:
     used: bool = False
     pending: Fd | None = None
     root: Fd | None = None
+    uid: int = -1
     names: dict[int, str] = field(default_factory=dict)
     shown_path: str | None = None
     build_id: str | None = None
@@ -116,7 +125,7 @@ class FileTable:
         """Memory held by symbol tables."""
         return self._bytes
 
-    def add(self, pinned: Fd, *, path: bytes, root: Fd | None) -> MappedFile:
+    def add(self, pinned: Fd, *, path: bytes, root: Fd | None, uid: int) -> MappedFile:
         """The entry for a pinned file, opened for reading if it was not known.
 
         Raises Refused or OSError for one that is not to be read.
@@ -130,7 +139,7 @@ class FileTable:
             raise Refused("too many files")
         file = known or MappedFile(clean(path.rsplit(b"/", 1)[-1]), path, key)
         self._files[key] = file
-        file.pending, file.root = reopen(pinned), root
+        file.pending, file.root, file.uid = reopen(pinned), root, uid
         self._pending[key] = file
         while len(self._pending) > self._open_limit:
             _, oldest = self._pending.popitem(last=False)
@@ -155,7 +164,7 @@ class FileTable:
             if isinstance(found, int):
                 self.failed[wire.STATUS_WORDS[found]] += 1
                 return None
-            file.image = self._with_debug_file(found, file.path, root)
+            file.image = self._with_debug_file(found, file.path, root, file.uid)
             # One string for all frames of the file.
             file.shown_path = clean(file.path)
             file.build_id = found.build_id.hex() or None
@@ -170,15 +179,18 @@ class FileTable:
         self._bytes += file.image.symbols.nbytes
         return file.image
 
-    def _with_debug_file(self, image: Image, path: bytes, root: Fd | None) -> Image:
+    def _with_debug_file(self, image: Image, path: bytes, root: Fd | None, uid: int) -> Image:
         if image.symtab or root is None:
             return image
         for candidate in debug_paths(image.build_id, image.debuglink, path):
             try:
                 pinned = open_beneath(root.number, candidate)
-                regular(pinned)
+                for_eyes_of(uid, regular(pinned))
                 opened = reopen(pinned)
-            except (OSError, Refused):
+            except Refused as error:
+                self.failed[f"debug file: {error}"] += 1
+                continue
+            except OSError:
                 continue
             found = self._worker.debug(
                 opened.number, build_id=image.build_id, crc=image.debuglink_crc

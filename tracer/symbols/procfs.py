@@ -96,6 +96,15 @@ def regular(pinned: Fd, *, limit: int = FILE_LIMIT) -> os.stat_result:
     return status
 
 
+def for_eyes_of(uid: int, status: os.stat_result) -> None:
+    """Raises Refused for a file that a user may not read for being its owner, or anybody.
+
+    A target chooses where its paths lead, and must not have us read for it what it can't.
+    """
+    if status.st_uid != uid and not status.st_mode & stat.S_IROTH:
+        raise Refused("not readable by the target")
+
+
 def reopen(pinned: Fd) -> Fd:
     """The pinned file itself, open for reading. Raises OSError."""
     flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY

@@ -256,7 +256,8 @@ class Symbolizer:
             return MappedFile(module)
         try:
             pinned = self._pin(process, folder, mapping)
-            return self._files.add(pinned, path=mapping.path, root=process.root)
+            uid = process.identity.uid
+            return self._files.add(pinned, path=mapping.path, root=process.root, uid=uid)
         except Refused as error:
             self._open_failed[str(error)] += 1
         except OSError as error:
