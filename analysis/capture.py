@@ -10,11 +10,11 @@ from __future__ import annotations
 import json
 import os
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -31,6 +31,14 @@ DEFAULT_PATH = Path("latrace.data")
 _KEYS = {**dict.fromkeys(SNAPSHOTS, ("snapshot",)), "threads": ("tid", "start_ns")}
 
 
+class FrameName(NamedTuple):
+    """What a frame is called, of which file, and how far into that function."""
+
+    symbol: str
+    module: str
+    offset: int
+
+
 class Capture:
     """A recorded run. Tables are read when they are first asked for. Made by `open_capture`.
 
@@ -44,6 +52,7 @@ class Capture:
         """The capture's directory."""
         self.manifest = manifest
         """What manifest.json says: host, clock, targets, options, quality, overhead."""
+        self._named_later: Mapping[int, FrameName] = {}
 
     def __repr__(self) -> str:
         return f"<Capture {os.fspath(self.path)!r}{'' if self.complete else ' (not complete)'}>"
@@ -139,16 +148,23 @@ class Capture:
 
         Raises KeyError for a name that is not in the contract, CaptureError for a damaged file.
         """
-        keys = _KEYS.get(name, ())
+        named = self._named_later if name == "frames" else {}
+        keys = ("id",) if named else _KEYS.get(name, ())
         wanted = None if columns is None else list(dict.fromkeys([*columns, *keys]))
         table = self._read(name, wanted)
         if name in SNAPSHOTS:
             snapshot = self._snapshots.get(name)
             if snapshot is not None:
                 table = table.filter(pc.equal(table["snapshot"], pa.scalar(snapshot, pa.uint32())))
+        elif named:
+            table = _with_names(table, named)
         elif keys:
             table = _last_of_each(table, keys)
         return table if columns is None else table.select(list(columns))
+
+    def name_frames(self, names: Mapping[int, FrameName]) -> None:
+        """Let `frames` have these names, found after the recording, by frame id."""
+        self._named_later = names
 
     @cached_property
     def _snapshots(self) -> dict[str, int]:
@@ -322,6 +338,20 @@ def _with_column(
     """Give a table other values in a column that it has."""
     index = table.schema.get_field_index(name)
     return table.set_column(index, table.schema.field(index), pa.array(values))
+
+
+def _with_names(frames: pa.Table, names: Mapping[int, FrameName]) -> pa.Table:
+    """Put other names into rows of the table of frames."""
+    found = [names.get(number) for number in frames["id"].to_pylist()]
+    for index, column in enumerate(frames.schema):
+        if column.name in FrameName._fields:
+            values = frames[column.name].to_pylist()
+            changed = [
+                old if name is None else getattr(name, column.name)
+                for old, name in zip(values, found, strict=True)
+            ]
+            frames = frames.set_column(index, column, pa.array(changed, column.type))
+    return frames
 
 
 def _last_of_each(table: pa.Table, key: Sequence[str]) -> pa.Table:

@@ -23,6 +23,7 @@ from latrace.analysis.start_up import is_start_up
 
 from .stacks import RawStack
 from .symbols import Frame, Space
+from .symbols.frames import NOT_LOOKED_UP
 from .unwinding.pointers import OUTERMOST, depth_of, join
 from .unwinding.walker import WHOLE, Walked, Walker
 
@@ -303,7 +304,7 @@ class Naming:
 
 def _addresses(space: Space, addresses: npt.NDArray[np.uint64]) -> list[Frame]:
     """Frames that nobody had the time to name."""
-    return [Frame(None, "[not looked up]", address, space) for address in addresses.tolist()]
+    return [Frame(None, NOT_LOOKED_UP, address, space) for address in addresses.tolist()]
 
 
 def _from_entry(frames: list[Frame]) -> list[Frame]:

@@ -122,6 +122,23 @@ def flame(
             " --kind culprit each stands alone.",
         ),
     ] = False,
+    inlines: Annotated[
+        bool,
+        typer.Option(
+            "--inlines",
+            help="Show functions that the compiler inlined as frames of their own, where DWARF"
+            " tells of them: in the file itself, if it is still the same build, or in its debug"
+            " file under /usr/lib/debug.",
+        ),
+    ] = False,
+    short_names: Annotated[
+        bool,
+        typer.Option(
+            "--short-names",
+            help="Names of C++, Rust and Go without parameters, template and generic arguments, and"
+            " folders of packages; functions that then have one name are one.",
+        ),
+    ] = False,
     force: params.Force = False,
     quiet: params.Quiet = False,
 ) -> None:
@@ -146,6 +163,7 @@ def flame(
     latrace flame wait.pb.gz && go tool pprof -top wait.pb.gz
     latrace flame --kind offcpu - | flamegraph.pl --countname=us > out.svg
     latrace flame --only 'read|write' --hide '^std::' --reverse io.svg
+    latrace flame --inlines --short-names code.svg
     """
     status = Status(quiet=quiet)
     chosen = fmt or _format_of(out)
@@ -160,14 +178,22 @@ def flame(
         )
     from latrace.analysis.capture import open_capture  # noqa: PLC0415
     from latrace.flamegraphs import SlowPatternError, build_profile, render  # noqa: PLC0415
+    from latrace.tracer.symbols.later import look_up  # noqa: PLC0415
 
     shape = _shape(only=only or [], hide=hide or [], collapse=collapse, reverse=reverse)
+    capture = open_capture(source)
+    found = look_up(capture, inlines=inlines)
+    capture.name_frames(found.names)
+    for line in found.told:
+        status.warn(f"!!! {visible(line)}")
     try:
         profile = build_profile(
-            open_capture(source),
+            capture,
             kind=kind.value,
             level="thread" if per_thread else "none" if merge_threads else "process",
             shape=shape,
+            inlined=found.inlined,
+            short_names=short_names,
         )
     except SlowPatternError as error:
         raise UsageError(

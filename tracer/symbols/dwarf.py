@@ -21,6 +21,9 @@ RANGES_LIMIT: Final = 1 << 20
 BUDGET_S: Final = 12.0
 """For one file; addresses not looked up by then have no answer."""
 
+NAMELESS: Final = b"[unknown]"
+"""A function without a name: what dwz put aside is missing, say."""
+
 Chain = list[bytes]
 """The functions at an address, innermost first: inlined ones, then the one they are all in."""
 
@@ -235,7 +238,7 @@ class _Walk:
             name = self._string(die, code)
             if name:
                 return name
-        plain = self._string(die, _AT_NAME) or b"[unknown]"
+        plain = self._string(die, _AT_NAME) or NAMELESS
         return self._qualify(die, plain) if self._is_cxx else plain
 
     def _string(self, die: int, code: int) -> bytes:
