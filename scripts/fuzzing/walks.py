@@ -18,7 +18,6 @@ from .target import Target, hold
 
 _CODE: Final = (0x1000, 0x5555_0000_0000, 0x7FFF_FFFF_0000, (1 << 48) - 0x8000)
 _STACK: Final = (0x7FFF_0000_0000, 0x7FFE_0000_0000, 0x2000, (1 << 64) - 0x400)
-_OTHERWISE: Final = [Otherwise.FRAME_POINTERS, Otherwise.TRAMPOLINE]
 _SAVED: Final = (3, 12, 13, 5, rules.RBP, rules.RSP, rules.RETURN)
 """Registers that rules are about: few, so that one rule uses what another one saved."""
 _STACKS: Final = 12
@@ -75,7 +74,7 @@ def _parts(random: np.random.Generator) -> list[Part]:
             table = None if random.random() < 0.2 else _table(random)
             end = at + int(random.integers(1, 0x600))
             bias = (at - (table.base if table else 0) + int(random.integers(-4, 8))) % (1 << 64)
-            otherwise = random.choice([Otherwise.NOTHING] * 3 + _OTHERWISE)
+            otherwise = random.choice([Otherwise.NOTHING] * 3 + [Otherwise.FRAME_POINTERS] * 2)
             found.append(Part(at, end, bias, table, Otherwise(otherwise)))
             at = end + int(random.choice([0, 0, 8]))
     return found

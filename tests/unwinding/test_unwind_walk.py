@@ -49,7 +49,7 @@ SIGNAL = (
 # As with the C library, what is said begins before the address that a handler returns to.
 RETURNS = BASE + 0x10000 + 0x4001
 NOWHERE = BASE + 0x4000 + 256 * len(FUNCTIONS)
-FOREIGN, JIT, TRAMPOLINE = 0x6000_0000_0000, 0x6100_0000_0000, 0x6200_0000_0000
+FOREIGN, JIT = 0x6000_0000_0000, 0x6100_0000_0000
 
 
 def tables() -> tuple[UnwindTable, UnwindTable]:
@@ -64,9 +64,8 @@ def places() -> Places:
     modules = [found.add_module(table) for table in tables()]
     modules.append(found.add_module(None))
     modules.append(found.add_module(None, otherwise=Otherwise.FRAME_POINTERS))
-    modules.append(found.add_module(None, otherwise=Otherwise.TRAMPOLINE))
-    starts = [BASE, BASE + 0x10000, FOREIGN, JIT, TRAMPOLINE]
-    biases = [BASE, BASE + 0x10000, 0, 0, 0]
+    starts = [BASE, BASE + 0x10000, FOREIGN, JIT]
+    biases = [BASE, BASE + 0x10000, 0, 0]
     assert found.add_space(u64(*starts), u64(*(start + 0x10000 for start in starts)), u64(*biases),
                            np.array(modules)) == 0  # fmt: skip
     return found
@@ -250,21 +249,13 @@ def test_frame_pointers_where_a_table_has_no_rule() -> None:
     assert end == End.WHOLE
 
 
-def test_a_trampoline(places: Places) -> None:
-    words = [TRAMPOLINE + 9, 0, at("root")]
-    found = walk(places, PLACES["leaf"], Copy(STACK, words))
-    assert found == ([PLACES["leaf"], TRAMPOLINE + 9, at("root")], End.WHOLE)
-
-
 # --- many at once
 
 
 def batch(seed: int, count: int) -> Stacks:
     """Stacks of words that are often addresses of code or of a stack."""
     random = np.random.default_rng(seed)
-    interesting = u64(
-        *PLACES.values(), *map(at, PLACES), RETURNS, JIT + 9, FOREIGN, TRAMPOLINE + 3, NOWHERE, 0, 1
-    )
+    interesting = u64(*PLACES.values(), *map(at, PLACES), RETURNS, JIT + 9, FOREIGN, NOWHERE, 0, 1)
     near = u64(*(STACK + 8 * number for number in range(-4, 64)), OTHER_STACK, OTHER_STACK + 16)
     words = random.choice(np.append(interesting, near), size=(count, 2, 40))
     noise = random.random(words.shape) < 0.1

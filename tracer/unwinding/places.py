@@ -48,13 +48,11 @@ class Otherwise(IntEnum):
     """Not at all."""
     FRAME_POINTERS = 1
     """By rbp: Go, JIT compilers that keep it."""
-    TRAMPOLINE = 2
-    """CPython's perf trampoline: `sub $8,%rsp; call *%rcx; add $8,%rsp; ret`."""
-    ROOT = 3
+    ROOT = 2
     """It has no caller."""
-    ELSEWHERE = 4
+    ELSEWHERE = 3
     """Its caller is on a stack that it does not tell of."""
-    SIGNAL = 5
+    SIGNAL = 4
     """Where a handler of a signal returns to."""
 
 
@@ -99,7 +97,7 @@ _ADDRESSES: Final = np.uint64((1 << ADDRESS_BITS) - 1)
 _SPACE_SHIFT: Final = np.uint64(ADDRESS_BITS)
 
 _UNMAPPED, _NO_TABLE, _NO_RULE, _UNSUPPORTED, _ROOT, _ELSEWHERE = range(6)
-FRAME_POINTERS, _TRAMPOLINE, _SIGNAL = range(6, 9)
+FRAME_POINTERS, _SIGNAL = range(6, 8)
 _ENDS: Final = {
     _UNMAPPED: End.UNMAPPED,
     _NO_TABLE: End.NO_TABLE,
@@ -109,7 +107,6 @@ _ENDS: Final = {
 }
 _INSTEAD: Final = {
     Otherwise.FRAME_POINTERS: FRAME_POINTERS,
-    Otherwise.TRAMPOLINE: _TRAMPOLINE,
     Otherwise.ROOT: _ROOT,
     Otherwise.ELSEWHERE: _ELSEWHERE,
     Otherwise.SIGNAL: _SIGNAL,
@@ -239,11 +236,10 @@ class Places:
     def __init__(self) -> None:
         nothing = np.zeros_like(simple_rule(RSP, 0, saved={}))
         frame_pointers = simple_rule(RBP, 16, saved={RBP: -16, RETURN: -8})
-        trampoline = simple_rule(RSP, 16, saved={RETURN: -8})
         signal = simple_rule(RSP, _SAVED_RSP, saved=_SAVED)
         signal["cfa_kind"], signal["signal"] = CFA_DEREF, 1
         signal["base"][signal["kind"] == MEMORY] = RSP
-        self._rules: list[Rules] = [nothing] * 6 + [frame_pointers, trampoline, signal]
+        self._rules: list[Rules] = [nothing] * 6 + [frame_pointers, signal]
         self._numbers: dict[bytes, int] = {}
         self._stale: Steps | None = None
         self._modules: list[_Module] = []

@@ -1,7 +1,8 @@
 """Where an ELF file of x86-64 says how its frames are unwound.
 
 `.eh_frame` is part of what is loaded; `.debug_frame` has the functions that it lacks (those of Go
-beside C, what was built without tables for exceptions). Of the procedure linkage stubs of a static
+beside C, what was built without tables for exceptions); of a Go program that was stripped of that,
+`.gopclntab` has them. Of the procedure linkage stubs of a static
 program nothing says anything, but what they do. Finding them means reading headers that a stranger
 wrote, so that the unprivileged worker does it for files, and the tracer itself only for the vDSO.
 """
@@ -21,6 +22,7 @@ import numpy as np
 from latrace.tracer.symbols.elf import EM_X86_64, ElfError, Source, read_headers
 
 from .cfi import compile_section
+from .pclntab import compile_pclntab
 from .records import MAX_SECTION, CfiError, Section
 from .rules import NO_RULE, RETURN, RSP, fixed_rules, simple_rule
 from .table import UnwindTable, overlaid
@@ -30,7 +32,6 @@ _SHF_COMPRESSED: Final = 1 << 11
 _ELFCOMPRESS_ZLIB: Final = 1
 _CHDR_BYTES: Final = 24
 """An Elf64_Chdr: type and reserved (4 each), size and alignment (8 each)."""
-
 
 # Stubs that only jump, from the first byte of their section on: `endbr64` and `bnd` or not,
 # `jmp *slot(%rip)`, and what fills them up (nops of several lengths, traps).
@@ -47,6 +48,7 @@ class Kind(IntEnum):
     EH_FRAME = 0
     DEBUG_FRAME = 1
     STUBS = 2
+    PCLNTAB = 3
 
 
 _NAMES: Final = (
@@ -54,6 +56,8 @@ _NAMES: Final = (
     (b".debug_frame", Kind.DEBUG_FRAME),
     (b".plt", Kind.STUBS),
     (b".iplt", Kind.STUBS),
+    (b".gopclntab", Kind.PCLNTAB),
+    (b".data.rel.ro.gopclntab", Kind.PCLNTAB),
 )
 
 
@@ -61,7 +65,8 @@ _NAMES: Final = (
 class Place:
     """Where a section is in its file (offset, size), and what `Section` says besides its bytes.
 
-    packed: it is compressed, with the header of elf(5).
+    packed: it is compressed, with the header of elf(5). data_base: of a `.gopclntab`, the address
+    of the code.
     """
 
     offset: int
@@ -105,13 +110,17 @@ def locate(source: Source) -> list[Place]:
         return []
     low = int(loads["vaddr"].min())
     high = max(int(load["vaddr"]) + int(load["memsz"]) for load in loads)
+    high = min(high, (1 << 64) - 1)
     got = headers.named(b".got")
+    data_base = 0 if got is None else int(got["addr"])
     found: list[Place] = []
     room, left_out = MAX_SECTION, False
     for name, kind in _NAMES:
         section = headers.named(name)
         if section is None or int(section["type"]) == _SHT_NOBITS:
             continue
+        if kind is Kind.PCLNTAB and any(place.kind is Kind.DEBUG_FRAME for place in found):
+            continue  # the same again
         offset, size = int(section["offset"]), int(section["size"])
         # Four bytes are an end mark that says nothing.
         if size <= 4:
@@ -121,10 +130,8 @@ def locate(source: Source) -> list[Place]:
             continue
         room -= size
         packed = bool(int(section["flags"]) & _SHF_COMPRESSED)
-        data_base = 0 if got is None else int(got["addr"])
         address = int(section["addr"])
-        top = min(high, (1 << 64) - 1)
-        found.append(Place(offset, size, kind, packed, address, data_base, low, top))
+        found.append(Place(offset, size, kind, packed, address, data_base, low, high))
     if left_out and not found:
         raise ElfError("a section is larger than any real one")
     return found
@@ -152,6 +159,8 @@ def compile_place(place: Place, data: bytes) -> UnwindTable:
         data = _unpack(data)
     if place.kind is Kind.STUBS:
         return _stubs(place, data)
+    if place.kind is Kind.PCLNTAB:
+        return compile_pclntab(data, text=place.data_base, low=place.low, high=place.high)
     eh = place.kind is Kind.EH_FRAME
     return compile_section(Section(data, eh, place.address, place.data_base, place.low, place.high))
 
@@ -160,13 +169,11 @@ def _stubs(place: Place, data: bytes) -> UnwindTable:
     """In stubs that only jump, the return address is on top of the stack."""
     found = _STUBS.match(data)
     size = min(found.end() if found else 0, place.high - place.address)
-    if size <= 0 or place.address < place.low:
-        size = 0
     rules = np.concatenate([fixed_rules(), simple_rule(RSP, 8, saved={RETURN: -8})])
-    pcs = np.array([0, size] if size else [], np.uint32)
-    return UnwindTable(
-        place.address, pcs, np.array([len(rules) - 1, NO_RULE][: pcs.size], np.uint16), rules
-    )
+    known = size > 0 and place.low <= place.address
+    pcs = np.array([0, size] if known else [], np.uint32)
+    numbers = np.array([len(rules) - 1, NO_RULE] if known else [], np.uint16)
+    return UnwindTable(place.address, pcs, numbers, rules)
 
 
 def compile_places(places: Sequence[Place], data: bytes) -> UnwindTable:
