@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from latrace.analysis.causes import CAUSES
-from latrace.analysis.names import fit_name
-from latrace.analysis.page import BOLD, NUMBER, Page, comm, frames, who
+from latrace.analysis.names import UNKNOWN, fit_name
+from latrace.analysis.page import BOLD, NUMBER, SHOWN, Page, comm, frames, who
 from latrace.analysis.words import (
     cells,
     duration,
@@ -358,7 +358,7 @@ def _details(summary: Summary, one: Entry, room: int) -> Iterator[str]:
         how.append(f"cgroup {_cgroup(one['cgroup'])}")
     if any(how):
         yield ", ".join(filter(None, how))
-    if one["work"]:
+    if set(one["work"][:SHOWN]) - {UNKNOWN}:
         did = "until it blocked in" if one["left"] == "blocked" and not kernel else "in"
         yield f"{did} {frames(one['work'], room - len(did) - 1)}"
 

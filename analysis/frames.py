@@ -10,9 +10,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from latrace.analysis.capture import Capture
-from latrace.analysis.names import tidy
+from latrace.analysis.names import UNKNOWN, tidy
 
-_UNKNOWN = "[unknown]"
 # Frames that say nothing of what a thread did: those of leaving the CPU, and of kernel threads.
 _SWITCHING = frozenset(
     {
@@ -78,7 +77,7 @@ class NamedStack:
     def function(self) -> str:
         """The innermost function of its work; the file alone where that has no name; else ""."""
         name = self.work[0] if self.work else ""
-        return "" if name == _UNKNOWN else name.split("+0x", 1)[0]
+        return "" if name == UNKNOWN else name.split("+0x", 1)[0]
 
 
 def name_stacks(capture: Capture, numbers: Iterable[int]) -> dict[int, NamedStack]:
@@ -130,8 +129,8 @@ def _frame_name(frame: Mapping[str, Any]) -> str:
     if frame.get("symbol"):
         return tidy(str(frame["symbol"]), jit=frame.get("space") == "jit")
     module = _module(frame)
-    return module if module == _UNKNOWN else f"{module}+{frame.get('offset') or 0:#x}"
+    return module if module == UNKNOWN else f"{module}+{frame.get('offset') or 0:#x}"
 
 
 def _module(frame: Mapping[str, Any]) -> str:
-    return str(frame.get("module") or _UNKNOWN).rsplit("/", 1)[-1]
+    return str(frame.get("module") or UNKNOWN).rsplit("/", 1)[-1]

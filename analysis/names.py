@@ -13,6 +13,8 @@ from typing import Final
 from latrace.analysis.words import cells, fit
 
 ANONYMOUS: Final = "(anonymous)"
+UNKNOWN: Final = "[unknown]"
+"""A function that nothing is known of, not even its file."""
 
 # V8 says what kind of code it is and by which of its compilers: `JS:*render /srv/page.js:12:7`. One
 # function has several of these in its life, and its time belongs together.

@@ -11,6 +11,7 @@ from latrace.analysis.words import cells, fit, pad, visible
 
 NUMBER = 11  # columns of a number, the gap before it included
 LABEL = 13
+SHOWN = 3  # functions of a stack on a line
 
 # Between a number and its unit no line ends. No text has such a space of its own: `visible` would
 # have escaped it.
@@ -84,7 +85,7 @@ def frames(names: Sequence[str], room: int) -> str:
     """The three frames nearest to the leaf: `names`, leaf first, in `room` columns."""
     if not names:
         return "[no stack]"
-    shown = [visible(name) for name in names[:3]]
+    shown = [visible(name) for name in names[:SHOWN]]
     if cells(" < ".join(shown)) > room:
         each = (room - 3 * (len(shown) - 1)) // len(shown)
         spare = sum(max(0, each - cells(name)) for name in shown)

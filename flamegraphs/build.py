@@ -21,6 +21,7 @@ import pyarrow.compute as pc
 from latrace.analysis.causes import CAUSES
 from latrace.analysis.names import tidy
 from latrace.analysis.retransmits import read_retransmits
+from latrace.analysis.words import plural
 from latrace.flamegraphs.profile import (
     NOT_ITEMISED,
     NOT_SAMPLED,
@@ -658,7 +659,8 @@ def _facts(
         traced_ns = quality.get("traced_run_delay_ns") or 0
         facts.append(("coverage", f"{100 * traced_ns / books_ns:.2f} % of the kernel's books"))
     lost = [quality.get(key) or 0 for key in ("lost_events", "lost_stacks")]
-    facts.append(("lost", f"{lost[0]:,} events, {lost[1]:,} stacks" if any(lost) else "nothing"))
+    counted = f"{plural(lost[0], 'event')}, {plural(lost[1], 'stack')}"
+    facts.append(("lost", counted if any(lost) else "nothing"))
     return facts
 
 
@@ -670,11 +672,12 @@ def _warnings(capture: CaptureTables) -> list[str]:
     if capture.truncated:
         warnings.append(f"the last rows are cut off: {', '.join(capture.truncated)}")
     for key, what in (
-        ("lost_events", "events were lost: totals hold, some stacks are missing"),
-        ("lost_stacks", "stacks were lost: their time stands under [stack lost]"),
+        ("lost_events", "lost: totals hold, some stacks are missing"),
+        ("lost_stacks", "lost: what is under [stack lost] has none"),
     ):
         if quality.get(key):
-            warnings.append(f"{quality[key]:,} {what}")
+            count = plural(quality[key], key.removeprefix("lost_").removesuffix("s"))
+            warnings.append(f"{count} {'was' if quality[key] == 1 else 'were'} {what}")
     degraded = quality.get("degraded") or []
     if degraded:
         first = degraded[0]

@@ -78,7 +78,7 @@ def to_svg(
     By itself it is at the top where the picture is higher than a screen: the answer begins at the
     root, and the page opens at its top. A frame is as wide as its share of the time. Frames below
     0.1 px (2 px beyond a screen's rows), and the narrowest beyond `max_frames`, are not drawn:
-    their number and time are said at the foot.
+    their number and time are said beside the legend.
     """
     room = WIDTH - 2 * PAD
     layout = lay_out(
@@ -88,12 +88,18 @@ def to_svg(
         screen=SCREEN_ROWS,
         min_share_beyond=MIN_PIXELS_BEYOND / room,
     )
-    if inverted is None:
-        inverted = layout.rows > SCREEN_ROWS
     head, top = _head(profile)
-    bottom = top + layout.rows * ROW
-    foot = _foot(layout, bottom + 10, paint)
-    height = bottom + 46
+    tall = layout.rows > SCREEN_ROWS
+    if tall:  # nobody would find it below
+        legend, below = _legend(layout, top, paint)
+        head, top = head + legend, below + 10
+    bottom = below = top + layout.rows * ROW
+    foot: list[str] = []
+    if not tall:
+        foot, below = _legend(layout, bottom + 10, paint)
+    height = below + (PAD if tall else 24)
+    if inverted is None:
+        inverted = tall
     title = _safe(profile.title)
     facts = "; ".join(f"{key}: {value}" for key, value in profile.facts)
     drawing = [
@@ -200,7 +206,8 @@ def _wrapped(facts: Sequence[tuple[str, str]]) -> list[list[tuple[str, str]]]:
     return lines
 
 
-def _foot(layout: Layout, y: int, paint: Paint | None) -> list[str]:
+def _legend(layout: Layout, y: int, paint: Paint | None) -> tuple[list[str], int]:
+    """Return what the colours mean and what is not drawn, and the y below."""
     legend: Sequence[tuple[str, str]]
     if paint is not None:
         legend = paint.legend
@@ -219,8 +226,10 @@ def _foot(layout: Layout, y: int, paint: Paint | None) -> list[str]:
             f" · {layout.hidden:,} frames are too narrow to draw: "
             f"stacks worth {human_us(layout.hidden_us)} end in them"
         )
+    if x + len(note) * _PROSE > WIDTH - PAD:
+        x, y = PAD, y + _LINE
     out.append(f'<text x="{x:.1f}" y="{y + 10}">{note}</text></g>')
-    return out
+    return out, y + 12
 
 
 def _line(text: str, pixels: float, per_character: float = _PROSE) -> str:

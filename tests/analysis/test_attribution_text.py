@@ -275,6 +275,18 @@ def test_a_call_that_is_hardly_late_is_not_taken_apart(summary: dict[str, Any]) 
         assert ("  pselect6 overshot by " in text) == told
 
 
+def test_functions_of_which_nothing_is_known_are_not_listed(summary: dict[str, Any]) -> None:
+    one = next(one for one in summary["waits"]["culprit_processes"] if one["cause"] == "other")
+    for work, shown in (
+        (["[unknown]", "[unknown]", "[unknown]", "main"], ""),
+        (["[unknown]", "run", "main"], "in [unknown] < run < main"),
+    ):
+        told = {**one, "work": work, "left": ""}
+        waits = {**summary["waits"], "culprit_processes": [told], "culprit_processes_all": [told]}
+        lines = [line.strip() for line in render_text({**summary, "waits": waits}).splitlines()]
+        assert [line for line in lines if line.startswith("in [unknown]")] == [shown] * bool(shown)
+
+
 def test_a_count_of_threads_that_has_no_room_is_left_out(summary: dict[str, Any]) -> None:
     one = next(one for one in summary["waits"]["culprit_processes"] if one["cause"] == "other")
     for name, shown in (

@@ -556,6 +556,10 @@ def test_facts_of_the_capture() -> None:
         "1,204 events were lost: totals hold, some stacks are missing",
         "degraded: rows from 50 µs, rate above budget (and 1 more)",
     ]
+    one = {"manifest": MANIFEST | {"quality": {"lost_stacks": 1}}}
+    profile = build_profile(capture([], **one), kind="wait")
+    assert dict(profile.facts)["lost"] == "0 events, 1 stack"
+    assert profile.warnings == ["1 stack was lost: what is under [stack lost] has none"]
     facts = dict(build_profile(made, kind="offcpu").facts)
     assert (facts["kind"], facts["blocked"]) == ("offcpu", "0 µs")
 

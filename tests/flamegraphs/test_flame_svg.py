@@ -91,6 +91,9 @@ def test_a_picture_higher_than_a_screen_has_its_root_at_the_top() -> None:
         boxes = drawn(to_svg(deep))
         assert (boxes[0].y < boxes[-1].y) == inverted
         assert boxes == drawn(to_svg(deep, inverted=inverted))
+        # What the colours mean is seen with the root.
+        legend = re.search(r'<g class="legend">\s*<g[^>]*><rect [^>]*y="(\d+)"', to_svg(deep))
+        assert legend and abs(int(legend[1]) - boxes[0].y) < 40
         assert boxes != drawn(to_svg(deep, inverted=not inverted))
 
 
@@ -160,6 +163,21 @@ def test_the_legend_names_the_kinds_that_are_drawn_and_no_others() -> None:
         root = ET.fromstring(to_svg(profile))  # noqa: S314
         (legend,) = [g for g in root.iter(f"{SVG}g") if g.get("class") == "legend"]
         assert {g.get("class") for g in legend.findall(f"{SVG}g")} == expected
+
+
+def test_the_legend_stays_in_the_page_whatever_it_has_to_say() -> None:
+    hairs = [((Frame(f"{i}", "user"),), 1) for i in range(2000)]
+    for kinds in (get_args(FrameKind), ("user",)):
+        wide = [((Frame("f", kind),), 10**9) for kind in kinds]
+        root = ET.fromstring(to_svg(Profile(title="t", stacks=wide + hairs)))  # noqa: S314
+        (legend,) = [g for g in root.iter(f"{SVG}g") if g.get("class") == "legend"]
+        (note,) = legend.findall(f"{SVG}text")
+        assert note.text and "2,000 frames are too narrow to draw" in note.text
+        assert float(note.attrib["x"]) + 7.2 * len(note.text) <= WIDTH
+        assert float(note.attrib["y"]) < float(root.attrib["height"])
+        assert {text.get("y") for text in legend.iter(f"{SVG}text")} != {note.get("y")} or (
+            kinds == ("user",)
+        )
 
 
 def luminance(colour: str) -> float:
