@@ -58,6 +58,10 @@ has_package() { # has_package NAME: is this distribution package installed and c
     [[ $status == "install ok installed" ]]
 }
 
+has_library() { # has_library NAME: does the loader know this library?
+    [[ "$(/sbin/ldconfig -p 2>/dev/null)" == *"$1"* ]]
+}
+
 missing_packages() { # missing_packages NAME...: those of them that are not installed, one a line
     local name
     for name in "$@"; do

@@ -14,7 +14,7 @@ import resource
 import struct
 import sys
 import sysconfig
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +44,15 @@ _BCC_PACKAGES = {
     "suse": "zypper install python3-bcc",
     "opensuse": "zypper install python3-bcc",
     "arch": "pacman -S python-bcc",
+}
+_LIBDW_PACKAGES = {
+    "debian": "apt-get install libdw1",
+    "ubuntu": "apt-get install libdw1",
+    "fedora": "dnf install elfutils-libs",
+    "rhel": "dnf install elfutils-libs",
+    "suse": "zypper install libdw1",
+    "opensuse": "zypper install libdw1",
+    "arch": "pacman -S libelf",
 }
 _TYPED_TRACEPOINT = "sched_switch"
 _USER_STACK_TRACEPOINT = "sched_exit_tp"
@@ -93,13 +102,21 @@ class Host:
 
     def install_bcc(self) -> str:
         """The command that installs bcc's Python bindings on this distribution."""
+        otherwise = "install the Python bindings of iovisor's bcc from your distribution"
+        return self._install(_BCC_PACKAGES, otherwise)
+
+    def install_libdw(self) -> str:
+        """The command that installs the reader of DWARF on this distribution."""
+        return self._install(_LIBDW_PACKAGES, "install libdw (elfutils) from your distribution")
+
+    def _install(self, packages: Mapping[str, str], otherwise: str) -> str:
         release = self.read("etc/os-release") or ""
         fields = dict(line.split("=", 1) for line in release.splitlines() if "=" in line)
         likes = [fields.get("ID", ""), *fields.get("ID_LIKE", "").strip('"').split()]
         for like in likes:
-            if like.strip('"') in _BCC_PACKAGES:
-                return f"sudo {_BCC_PACKAGES[like.strip(chr(34))]}"
-        return "install the Python bindings of iovisor's bcc from your distribution"
+            if like.strip('"') in packages:
+                return f"sudo {packages[like.strip(chr(34))]}"
+        return otherwise
 
 
 # --- for commands that are about to trace -------------------------------------------------------
@@ -175,6 +192,7 @@ def run_checks(host: Host | None = None) -> list[Check]:
         check_user_stacks,
         check_retransmits,
         check_kernel_symbols,
+        check_inlined,
         check_memlock,
         check_tracefs,
         check_python,
@@ -444,6 +462,22 @@ def check_kernel_symbols(host: Host) -> Check:
         finding=f"hidden (kernel.kptr_restrict = {setting})",
         meaning="kernel frames are shown without names",
         remedy=sudo("sysctl kernel.kptr_restrict=1"),
+    )
+
+
+def check_inlined(host: Host) -> Check:
+    """Whether libdw is there, which reads DWARF."""
+    from latrace.tracer.symbols.dwarf import Libdw  # noqa: PLC0415 - its package takes numpy
+
+    name, meaning = "inlined code", "`latrace flame --inlines` shows them where there is DWARF"
+    if Libdw().available:
+        return Check(name=name, state="ok", finding="found by libdw", meaning=meaning)
+    return Check(
+        name=name,
+        state="warn",
+        finding="not shown: there is no libdw",
+        meaning="`latrace flame --inlines` draws the graph without them",
+        remedy=host.install_libdw(),
     )
 
 

@@ -58,7 +58,7 @@ _latrace() {
         trigger) words='--watch -h --help' ;;
         spikes) words='--json -h --help' ;;
         tcp) words='-p --pid -a --all -d --duration -o --output -f --force -i --input --json -v --verbose -q --quiet -h --help' ;;
-        flame) words='-i --input --kind --format --only --hide --collapse --reverse --per-thread --merge-threads -f --force -q --quiet -h --help' ;;
+        flame) words='-i --input --kind --format --only --hide --collapse --reverse --per-thread --merge-threads --inlines --short-names -f --force -q --quiet -h --help' ;;
         report) words='-i --input --since --until -t --tid --over --json -o --output -f --force -q --quiet -h --help' ;;
         diff) words='-o --output --kind --json -f --force -q --quiet -h --help' ;;
         doctor) words='--json -v --verbose -h --help' ;;

@@ -112,6 +112,8 @@ complete -c latrace -n '__fish_seen_subcommand_from flame' -l collapse -d 'Fold 
 complete -c latrace -n '__fish_seen_subcommand_from flame' -l reverse -d 'Leaf first: from the functions where threads stood, out to their callers; process and cause come last.'
 complete -c latrace -n '__fish_seen_subcommand_from flame' -l per-thread -d 'A first level of threads, comm/tid, in place of processes. What was not sampled is nobody\'s. With --kind culprit: the threads that ran.'
 complete -c latrace -n '__fish_seen_subcommand_from flame' -l merge-threads -d 'No level of processes: all threads together. With --kind culprit: processes of one name together. Without either option, processes of one name are one, and with --kind culprit each stands alone.'
+complete -c latrace -n '__fish_seen_subcommand_from flame' -l inlines -d 'Show functions that the compiler inlined as frames of their own, where DWARF tells of them: in the file itself, if it is still the same build, or in its debug file under /usr/lib/debug.'
+complete -c latrace -n '__fish_seen_subcommand_from flame' -l short-names -d 'Names of C++, Rust and Go without parameters, template and generic arguments, and folders of packages; functions that then have one name are one.'
 complete -c latrace -n '__fish_seen_subcommand_from flame' -s f -l force -d 'Replace an output that exists.'
 complete -c latrace -n '__fish_seen_subcommand_from flame' -s q -l quiet -d 'Say nothing on the way but warnings.'
 complete -c latrace -n '__fish_seen_subcommand_from flame' -s h -l help -d 'Show the help.'

@@ -149,6 +149,8 @@ case $line[1] in
             ''--reverse'[Leaf first\: from the functions where threads stood, out to their callers; process and cause come last.]' \
             ''--per-thread'[A first level of threads, comm/tid, in place of processes. What was not sampled is nobody'\''s. With --kind culprit\: the threads that ran.]' \
             ''--merge-threads'[No level of processes\: all threads together. With --kind culprit\: processes of one name together. Without either option, processes of one name are one, and with --kind culprit each stands alone.]' \
+            ''--inlines'[Show functions that the compiler inlined as frames of their own, where DWARF tells of them\: in the file itself, if it is still the same build, or in its debug file under /usr/lib/debug.]' \
+            ''--short-names'[Names of C++, Rust and Go without parameters, template and generic arguments, and folders of packages; functions that then have one name are one.]' \
             '(-f --force)'{-f,--force}'[Replace an output that exists.]' \
             '(-q --quiet)'{-q,--quiet}'[Say nothing on the way but warnings.]' \
             '(-h --help)'{-h,--help}'[Show the help.]' \

@@ -19,6 +19,7 @@ from latrace.tracer.commands.doctor import render_checks
 from latrace.tracer.compile import TCP_TRACEPOINTS
 from latrace.tracer.doctor import Check, Host, explain, explained, require_tracing, run_checks
 from latrace.tracer.errors import HostError, LatraceError
+from latrace.tracer.symbols import dwarf
 
 ALL_CAPABILITIES = (1 << 41) - 1
 LATRACE = (
@@ -123,6 +124,14 @@ def test_without_btf_the_kernel_option_is_named(tmp_path: Path) -> None:
     assert "CONFIG_DEBUG_INFO_BTF=y" in caught.value.hint
     assert doctor.check_user_stacks(Host(tmp_path)).state == "skip"
     assert doctor.check_retransmits(Host(tmp_path)).state == "skip"
+
+
+def test_without_libdw_the_package_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dwarf, "LIBRARY", "libdw.so.none")
+    check = doctor.check_inlined(make_host(tmp_path, os_release="ID=fedora\n"))
+    assert (check.state, check.remedy) == ("warn", "sudo dnf install elfutils-libs")
 
 
 def test_something_else_in_btfs_place_is_seen(tmp_path: Path) -> None:
