@@ -145,7 +145,7 @@ case $line[1] in
             ''--format'[The format, whatever OUT is called.]:svg|folded|speedscope|pprof:(svg folded speedscope pprof)' \
             ''--only'[Only stacks with a frame whose name this finds (a regular expression of Python); the others'\'' time is one frame, \[not matched\]. May be repeated\: one must match.]:REGEX: ' \
             ''--hide'[Leave out frames whose name this finds; their time goes to their callers. May be repeated.]:REGEX: ' \
-            ''--collapse'[Fold recursion\: f f f is f, f g f g is f g. And take away what every program of a runtime has\: the start-up of libc and its threads, the entry and scheduler functions of Go, the entries of V8 and libuv (Node.js), the evaluation loop of CPython. Never a program'\''s innermost function.]' \
+            ''--collapse'[Fold recursion\: f f f is f, f g f g is f g. And take away what every program of a runtime has\: the start-up of libc and its threads, the entry and scheduler functions of Go, the entries of V8 and libuv (Node.js), the evaluation loop of CPython, the ways into the kernel and to its scheduler. Never a program'\''s innermost function.]' \
             ''--reverse'[Leaf first\: from the functions where threads stood, out to their callers; process and cause come last.]' \
             ''--per-thread'[A first level of threads, comm/tid, in place of processes. What was not sampled is nobody'\''s. With --kind culprit\: the threads that ran.]' \
             ''--merge-threads'[No level of processes\: all threads together. With --kind culprit\: processes of one name together. Without either option, processes of one name are one, and with --kind culprit each stands alone.]' \
