@@ -82,7 +82,8 @@ class _Reader:
         return self._known[offset]
 
     def _decode(self, at: int) -> Moves | None:
-        places, moved = [], []
+        places: list[int] = []
+        moved: list[int] = []
         place, value = 0, -1
         while True:
             number, at = self._number(at)
