@@ -8,6 +8,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from tracing import Traced, trace_running
 
 from latrace.flamegraphs import build_profile, render
 from latrace.tracer.options import Options
+from latrace.tracer.symbols.perfmap import perf_map_path
 
 pytestmark = pytest.mark.kernel
 
@@ -86,27 +88,32 @@ def test_redis_under_its_benchmark(redis: tuple[int, int], tmp_path: Path) -> No
     assert any(name == "epoll_wait" or name.startswith("libc.so.6+0x") for name in callers)
 
 
-def test_node_with_a_perf_map(tmp_path: Path) -> None:
-    """JIT frames have names: a wait in the middle of JavaScript shows which function it was."""
+@contextmanager
+def running_node(script: str, folder: Path, *options: str) -> Iterator[int]:
+    """The pid of a node that runs this script and has printed that it is ready."""
     node = shutil.which("node")
     assert node, "scripts/test installs node"
-    script = tmp_path / "service.js"
-    script.write_text(NODE_SERVICE)
+    path = folder / "service.js"
+    path.write_text(script)
+    command = ["taskset", "-c", "1", node, "--perf-basic-prof", *options, str(path)]
+    # Some versions leave an isolate-*-v8.log where they are started.
+    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=folder) as process:
+        try:
+            assert process.stdout
+            assert process.stdout.readline() == b"ready\n"
+            yield process.pid
+        finally:
+            process.kill()
+            Path(perf_map_path(process.pid)).unlink(missing_ok=True)
+
+
+def test_node_with_a_perf_map(tmp_path: Path) -> None:
+    """JIT frames have names: a wait in the middle of JavaScript shows which function it was."""
     hog = subprocess.Popen(["taskset", "-c", "1", "sh", "-c", "while :; do :; done"])
     try:
-        with subprocess.Popen(
-            ["taskset", "-c", "1", node, "--perf-basic-prof", str(script)],
-            stdout=subprocess.PIPE,
-            cwd=tmp_path,
-        ) as process:
-            try:
-                assert process.stdout
-                assert process.stdout.readline() == b"ready\n"
-                time.sleep(1.0)
-                result = traced(process.pid, tmp_path / "c", 4.0)
-            finally:
-                process.kill()
-                Path(f"/tmp/perf-{process.pid}.map").unlink(missing_ok=True)  # noqa: S108
+        with running_node(NODE_SERVICE, tmp_path) as pid:
+            time.sleep(1.0)
+            result = traced(pid, tmp_path / "c", 4.0)
     finally:
         hog.kill()
         hog.wait()
@@ -140,23 +147,9 @@ tick();
 
 
 def test_functions_that_node_interprets_have_names(tmp_path: Path) -> None:
-    node = shutil.which("node")
-    assert node, "scripts/test installs node"
-    script = tmp_path / "service.js"
-    script.write_text(NODE_INTERPRETED)
-    named = ["--perf-basic-prof", "--interpreted-frames-native-stack"]
-    with subprocess.Popen(
-        [node, *named, "--no-opt", "--no-sparkplug", str(script)],
-        stdout=subprocess.PIPE,
-        cwd=tmp_path,
-    ) as process:
-        try:
-            assert process.stdout
-            assert process.stdout.readline() == b"ready\n"
-            result = traced(process.pid, tmp_path / "c", 3.0)
-        finally:
-            process.kill()
-            Path(f"/tmp/perf-{process.pid}.map").unlink(missing_ok=True)  # noqa: S108
+    options = ["--interpreted-frames-native-stack", "--no-opt", "--no-sparkplug"]
+    with running_node(NODE_INTERPRETED, tmp_path, *options) as pid:
+        result = traced(pid, tmp_path / "c", 3.0)
     symbols = {row["id"]: str(row["symbol"]) for row in result.capture.frames.to_pylist()}
     stacks = [
         [symbols[frame] for frame in row["frames"]]
