@@ -15,7 +15,8 @@ from .suite import TARGETS
 from .supervisor import check_here, keep, run
 from .target import Missing, Property, Target
 
-_SLICE_S = 10.0
+_TURN_S = 5.0
+"""For a target with a share of 1, before it is another one's turn."""
 _BASE = Path("build/fuzz")
 
 
@@ -76,15 +77,17 @@ def fuzz(targets: Sequence[Target | Property], *, seconds: float, seed: str, on:
     for target in targets:
         _warm_up(target)
     began = time.monotonic()
-    slice_s = min(_SLICE_S, seconds / len(targets))
-    while (left := seconds - (time.monotonic() - began)) > 0 and (on or not code):
+    turn_s = min(_TURN_S, seconds / sum(target.share for target in targets))
+    while time.monotonic() - began < seconds and (on or not code):
         round_number += 1
         for target in targets:
-            if (left := seconds - (time.monotonic() - began)) <= 0 or target.name in missing:
+            left = seconds - (time.monotonic() - began)
+            # All of them have their turn, however short the time.
+            if target.name in missing or (left <= 0 and round_number > 1):
                 continue
             since = time.monotonic()
             part = f"{seed or time.time_ns()}-{target.name}-{round_number}"
-            outcome = run(target, seed=part, seconds=min(slice_s, left), base=_BASE)
+            outcome = run(target, seed=part, seconds=turn_s * target.share, base=_BASE)
             cases[target.name] += outcome.cases
             times[target.name] += round((time.monotonic() - since) * 1000)
             if outcome.missing:

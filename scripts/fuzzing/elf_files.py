@@ -13,12 +13,14 @@ from latrace.tracer.symbols import gopclntab, wire
 from latrace.tracer.symbols.elf import BytesSource, ElfError, read_headers, read_image
 from latrace.tracer.symbols.frames import NAME_LIMIT
 from latrace.tracer.symbols.table import Image, SymbolTable
+from latrace.tracer.unwinding.pclntab import compile_pclntab
 from latrace.tracer.unwinding.records import CfiError
 from latrace.tracer.unwinding.sections import Place, compile_places, locate, read_places
 from latrace.tracer.unwinding.table import UnwindTable
 
 from . import programs
 from .damage import FILES, apply, damage_file
+from .frames_of_code import check_unwind_table
 from .programs import addresses
 from .target import Missing, Target, hold
 
@@ -122,9 +124,11 @@ def _check_go(case: bytes) -> None:
     for order in "<>":
         with contextlib.suppress(gopclntab.PclntabError):
             check_table(gopclntab.read_functions(section, order, text))
+    with contextlib.suppress(CfiError):
+        check_unwind_table(compile_pclntab(section, text=text, low=text, high=text + (1 << 30)))
 
 
 TARGETS = (
-    Target("elf", "damaged ELF files", _make, _check, limit_s=20.0),
-    Target("gopclntab", "damaged tables of Go programs", _make_go, _check_go, limit_s=10.0),
+    Target("elf", "damaged ELF files", _make, _check, limit_s=20.0, share=3),
+    Target("gopclntab", "damaged tables of Go programs", _make_go, _check_go, limit_s=20.0),
 )

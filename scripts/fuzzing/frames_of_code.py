@@ -175,8 +175,8 @@ def _check_number(value: bytes) -> None:
 
 
 TARGETS = (
-    Target("cfi", "damaged call frame information", _make, _check),
-    Target("cfi-one", "one damaged function among others", _make_one, _check_one),
+    Target("cfi", "damaged call frame information", _make, _check, share=3),
+    Target("cfi-one", "one damaged function among others", _make_one, _check_one, share=3),
     Property("cfi-sound", "sound programs, against pyelftools", _sound_programs, _check_sound),
     Property("leb", "numbers of variable length, against a plain reader", _numbers, _check_number),
     Target("table", "damaged unwinding tables", _make_table, _check_table),

@@ -22,7 +22,7 @@ from latrace.analysis import schema
 from latrace.tracer.stacks import Copy, RawStack
 from latrace.tracer.symbols import client, wire
 from latrace.tracer.symbols.client import Worker, WorkerError
-from latrace.tracer.symbols.elf import BytesSource, read_image
+from latrace.tracer.symbols.elf import BytesSource, Links, read_image
 from latrace.tracer.symbols.frames import Frame
 from latrace.tracer.symbols.table import Image, SymbolTable
 from latrace.tracer.unwinding.cfi import compile_section
@@ -64,6 +64,8 @@ def _replies() -> tuple[bytes, ...]:
         wire.names_reply([b"f(int)", b"a::b()", b"a::b"]),
         wire.blobs_reply(b"", table.to_bytes()),
         [wire.failure(wire.STATUS_BAD_FILE)],
+        wire.links_reply(Links(b"12345678", True, b"link.debug", b"/usr/lib/debug/alt", b"abcd")),
+        wire.chains_reply([[b"inner", b"outer"], [b"outer"]]),
     ]
     if places:
         data = source.read(places[0].offset, min(places[0].size, 2000))
@@ -101,11 +103,21 @@ def _check_image(image: Image) -> None:
 
 
 def _check(case: bytes) -> None:
-    for read in (wire.read_image, lambda read: wire.read_names(read, 3), wire.read_blobs):
+    for read in (
+        wire.read_image,
+        lambda read: wire.read_names(read, 3),
+        wire.read_blobs,
+        wire.read_links,
+        lambda read: wire.read_chains(read, 2),
+    ):
         try:
             found: Any = read(_Stream(case))
         except (wire.WireError, EOFError):
             continue
+        if isinstance(found, tuple) and isinstance(found[0], list):
+            hold(len(found[0]) == 2, "not a chain for each address")
+            places = [place for chain in found[0] for place in chain]
+            hold(all(0 <= place < len(found[1]) for place in places), "a name that is not there")
         if isinstance(found, Image):
             _check_image(found)
         elif isinstance(found, list):
@@ -281,6 +293,10 @@ def _check_told(case: bytes) -> None:
 
 TARGETS = (
     Target("wire", "damaged replies of the worker", _make, _check),
-    Target("liar", "a worker that lies, hangs and dies", _make_liar, _check_liar, limit_s=10.0),
-    Target("told", "frames and walks by a file that says anything", _make_told, _check_told),
+    Target(
+        "liar", "a worker that lies, hangs and dies", _make_liar, _check_liar, limit_s=10.0, share=3
+    ),
+    Target(
+        "told", "frames and walks by a file that says anything", _make_told, _check_told, share=3
+    ),
 )

@@ -14,7 +14,7 @@ CPU_LIMIT_S = 5.0
 class Target:
     """Cases are bytes: `make` draws one, `check` raises for a finding and returns else.
 
-    limit_s: CPU seconds that one check may take.
+    limit_s: CPU seconds that one check may take. share: of the time, beside the others.
     """
 
     name: str
@@ -22,6 +22,7 @@ class Target:
     make: Callable[[Random], bytes]
     check: Callable[[bytes], None]
     limit_s: float = CPU_LIMIT_S
+    share: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +34,7 @@ class Property:
     strategy: Callable[[], Any]
     check: Callable[[Any], None]
     limit_s: float = CPU_LIMIT_S
+    share: int = 1
 
 
 class Missing(Exception):

@@ -157,4 +157,6 @@ def _check(case: bytes) -> None:
         hold(told == end, f"stack {number} ends {ended!r}, plainly {end!r}")
 
 
-TARGETS = (Target("walk", "walks of any stack by any table, against a plain one", _make, _check),)
+TARGETS = (
+    Target("walk", "walks of any stack by any table, against a plain one", _make, _check, share=3),
+)
