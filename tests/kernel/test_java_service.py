@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,10 @@ def service(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
             time.sleep(2.0)  # to be compiled
             yield process
         finally:
+            assert process.stdin
+            process.stdin.close()  # ends it; killed, it would leave its socket for jcmd in /tmp
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(10)
             process.kill()
             Path(perf_map_path(process.pid)).unlink(missing_ok=True)
 
