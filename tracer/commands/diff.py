@@ -60,8 +60,9 @@ def diff(
         _check_picture(out, as_json=as_json)
     from latrace.analysis.capture import open_capture  # noqa: PLC0415 - pyarrow takes 0.1 s
     from latrace.analysis.diff import compare  # noqa: PLC0415
+    from latrace.tracer.symbols.later import with_names  # noqa: PLC0415
 
-    a, b = open_capture(before), open_capture(after)
+    a, b = with_names(open_capture(before)), with_names(open_capture(after))
     comparison = compare(a, b)
     if out is None:
         _print(comparison, as_json=as_json)

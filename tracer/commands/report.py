@@ -85,6 +85,7 @@ def report(
     from latrace.analysis.capture import open_capture  # noqa: PLC0415 - pyarrow takes 0.1 s
     from latrace.analysis.selection import Selection  # noqa: PLC0415
     from latrace.analysis.summary import summarise  # noqa: PLC0415
+    from latrace.tracer.symbols.later import with_names  # noqa: PLC0415
 
     selection = Selection(
         since_ns=None if since is None else parse_moment(since, option="--since"),
@@ -97,7 +98,7 @@ def report(
             f"nothing lies between --since {since or 0} and --until {until}",
             hint="both count from the start of the capture",
         )
-    capture = open_capture(source)
+    capture = with_names(open_capture(source))
     summary = summarise(capture, selection=selection)
     told = _spike_of(capture) if selection.everything else None
     if out is None:

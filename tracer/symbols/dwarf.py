@@ -148,6 +148,7 @@ class _Walk:
         self._dies = [_Die() for _ in range(DEPTH_LIMIT + 1)]
         self._places = [ctypes.addressof(die) for die in self._dies]
         self._qualified: dict[int, bytes] = {}
+        self._seen = 0
         self._is_cxx = False
         self._with_types = False
 
@@ -210,6 +211,10 @@ class _Walk:
         libdw, place = self._libdw, self._places[depth + 1]
         more = libdw.child(self._places[depth], place)
         while more == 0:
+            # Siblings of a damaged file may go round in circles.
+            self._seen += 1
+            if self._seen % 1024 == 0:
+                self._check_time()
             tag = libdw.tag(place)
             if tag in (_TAG_SUBPROGRAM, _TAG_INLINED):
                 here = self._within(place, addresses)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -38,11 +37,13 @@ BUILD_ID_BYTES: Final = 4
 
 NO_DWARF: Final = "no DWARF"
 ANOTHER_BUILD: Final = "another build by now"
-NOT_THERE: Final = "not there any more"
+NOT_THERE: Final = "not found"
+NO_BUILD_ID: Final = "no build id"
+NOT_RECORDED: Final = "the capture does not say where they are"
 UNREADABLE: Final = "not readable"
 TOO_LATE: Final = "it took too long"
 
-_COLUMNS: Final = ("id", "symbol", "module", "offset", "path", "build_id", "address")
+_COLUMNS: Final = ("id", "symbol", "module", "offset", "space", "path", "build_id", "address")
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,12 +81,13 @@ def look_up(capture: Capture, *, inlines: bool, worker: Worker | None = None) ->
     Names: of frames that nobody had the time to look up, and of files that have got a debug file
     since. With `inlines`: what was inlined, of all frames. Raises CaptureError only.
     """
-    modules = list(_modules(capture))
+    modules, without = _modules(capture)
     search = _Search(worker or Worker())
     try:
         for module in modules:
             search.name(module)
         if inlines:
+            search.without |= without
             for module in sorted(modules, key=lambda one: -len(one.rows)):
                 search.expand(module)
     finally:
@@ -93,12 +95,25 @@ def look_up(capture: Capture, *, inlines: bool, worker: Worker | None = None) ->
     return Found(search.names, search.inlined, search.told())
 
 
-def _modules(capture: Capture) -> Iterator[_Module]:
+def with_names(capture: Capture) -> Capture:
+    """The capture, with the names that its frames lacked when it was recorded."""
+    capture.name_frames(look_up(capture, inlines=False).names)
+    return capture
+
+
+def _modules(capture: Capture) -> tuple[list[_Module], dict[str, Counter[str]]]:
+    """The files of the frames, and how many frames of which file cannot be looked up, by reason."""
     table = capture.table("frames", columns=_COLUMNS)
-    known = pc.and_(pc.is_valid(table["address"]), pc.is_valid(table["build_id"]))
     modules: dict[tuple[str, str], _Module] = {}
-    for row in table.filter(pc.and_(known, pc.is_valid(table["path"]))).to_pylist():
+    without: dict[str, Counter[str]] = {}
+    for row in table.filter(pc.equal(table["space"], "user")).to_pylist():
         key = row["path"], row["build_id"]
+        if None in key or row["address"] is None:
+            name = str(row["module"] or "[unknown]")
+            why = NOT_RECORDED if row["path"] is None else NO_BUILD_ID
+            if not name.startswith("["):
+                without.setdefault(why, Counter())[name] += 1
+            continue
         if key not in modules:
             try:
                 build_id = bytes.fromhex(key[1])
@@ -108,7 +123,7 @@ def _modules(capture: Capture) -> Iterator[_Module]:
                 continue
             modules[key] = _Module(key[0].encode(), build_id)
         modules[key].rows.append(row)
-    yield from modules.values()
+    return list(modules.values()), without
 
 
 class _Search:
@@ -121,7 +136,7 @@ class _Search:
         self._caller = calling_user()
         self._root = Fd(os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
         self._deadline_s = time.monotonic() + TIME_LIMIT_S
-        self._without: dict[str, Counter[str]] = {}
+        self.without: dict[str, Counter[str]] = {}
         self._no_libdw = False
 
     def close(self) -> None:
@@ -212,7 +227,7 @@ class _Search:
             self._miss(module, why)
 
     def _miss(self, module: _Module, why: str) -> None:
-        self._without.setdefault(why, Counter())[module.name] += len(module.rows)
+        self.without.setdefault(why, Counter())[module.name] += len(module.rows)
 
     def _expand(self, module: _Module) -> str:
         """Returns why there is nothing, or "". Raises WorkerError."""
@@ -277,7 +292,7 @@ class _Search:
         if self._no_libdw:
             return ["no inlined functions: libdw is not installed (sudo apt-get install libdw1)"]
         lines = []
-        for why, counts in self._without.items():
+        for why, counts in self.without.items():
             most = counts.most_common(SHOWN_MODULES)
             shown = ", ".join(f"{name} ({count:,})" for name, count in most)
             more = f" and {len(counts) - len(most)} more files" if len(counts) > len(most) else ""

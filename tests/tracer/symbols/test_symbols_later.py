@@ -173,7 +173,7 @@ def test_inlined_functions_from_the_file_itself(tmp_path):
     found = look_up(capture(tmp_path, rows), inlines=True)
     assert found.inlined[1] == ("nap", "step")
     assert 3 not in found.inlined
-    assert found.told == []
+    assert found.told == ["no inlined functions for 1 frame, no build id: program (1)"]
 
 
 @needs_libdw
@@ -230,7 +230,7 @@ def test_a_file_replaced_by_another_build_is_not_used(tmp_path):
     assert (found.inlined, found.names) == ({}, {})
     assert found.told == ["no inlined functions for 1 frame, another build by now: program (1)"]
     program.unlink()
-    assert "not there any more" in look_up(made, inlines=True).told[0]
+    assert "not found" in look_up(made, inlines=True).told[0]
 
 
 def test_only_regular_files_are_opened(tmp_path):
@@ -254,7 +254,12 @@ def test_captures_of_before_are_looked_at_as_well(tmp_path):
     with pa.OSFile(path, "wb") as sink, pa.ipc.new_stream(sink, table.schema) as stream:
         stream.write_table(table)
     made = open_capture(folder)
-    assert look_up(made, inlines=True).inlined == {}
+    found = look_up(made, inlines=True)
+    assert found.inlined == {}
+    assert found.told == [
+        "no inlined functions for 1 frame, the capture does not say where they are: m (1)"
+    ]
+    assert look_up(made, inlines=False).told == []
     assert made.table("frames", columns=["path", "address"]).to_pylist() == [
         {"path": None, "address": None}
     ]
@@ -336,8 +341,19 @@ def test_flame_shows_them(tmp_path, capsys):
     assert main(["flame", "-f", "-q", "-i", str(folder), "--inlines", str(out)]) == 0
     assert out.read_text() == "app;main;work;step;nap 5\n"
     assert capsys.readouterr().err == (
-        "!!! no inlined functions for 1 frame, not there any more: gone (1)\n"
+        "!!! no inlined functions for 1 frame, not found: gone (1)\n"
     )
+
+
+def test_the_report_has_names_that_came_later(tmp_path, debug_folder, capsys):
+    program, debug, build_id = stripped(tmp_path)
+    start = Functions(debug).start_of("work")
+    folder = str(write(tmp_path / "c", [frame(1, program, build_id, start + 8)]))
+    for installed in (False, True):
+        assert main(["report", "-i", folder, "--json"]) == 0
+        assert ('"work"' in capsys.readouterr().out) == installed
+        if not installed:
+            install(debug_folder, debug, build_id)
 
 
 @needs_libdw
