@@ -6,6 +6,7 @@ import copy
 import ctypes
 import itertools
 import json
+import os
 import re
 import statistics
 import subprocess
@@ -99,6 +100,8 @@ def test_rounds_are_interleaved(tmp_path: Path) -> None:
     results = context(tmp_path).interleave({name: lambda n=name: note(n) for name in "ABC"})
     assert "".join(ran) == "ABCABCABC"
     assert results == {"A": [1, 4, 7], "B": [2, 5, 8], "C": [3, 6, 9]}
+    for most, rounds in ((2, 2), (5, 3)):
+        assert len(context(tmp_path).at_most(most).interleave({"A": lambda: 1})["A"]) == rounds
 
 
 def test_a_contender_that_fails_is_left_out_aloud(
@@ -117,6 +120,34 @@ def test_a_contender_that_fails_is_left_out_aloud(
     assert results == {"good": [7, 7, 7]}
     assert where.skipped == {"broken": "no more"}
     assert "!!! left out: broken: no more" in capsys.readouterr().err
+
+
+def test_a_stack_costs_what_runs_without_one_do_not() -> None:
+    floor = {"ns": 50.0, "used_s": 0.5}
+    found = {
+        **{"asleep_runs": 10_100.0, "asleep": 100.0, "asleep_ns": 10_000 * 50.0 + 100 * 9_000},
+        **{"cpu_runs": 300.0, "cpu": 200.0, "cpu_ns": 100 * 50.0 + 200 * 7_000},
+        **{"used_s": 0.6, "stacks": 1000.0},
+    }
+    assert stacks._per_stack(found, floor) == pytest.approx(
+        {"asleep_bpf_ns": 9_000, "cpu_bpf_ns": 7_000, "total_us": 100}
+    )
+
+
+def test_a_process_that_a_tracer_stopped_is_seen_to_stand_still() -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.ptrace.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p]
+    with subprocess.Popen(["sleep", "1000"]) as target:
+        try:
+            with subprocess.Popen(["sleep", "0.2"]) as other:
+                assert stacks._stopped_s(target.pid, other.pid) == 0
+            assert libc.ptrace(0x4206, target.pid, None, None) == 0  # PTRACE_SEIZE
+            assert libc.ptrace(0x4207, target.pid, None, None) == 0  # PTRACE_INTERRUPT
+            os.waitpid(target.pid, 0)
+            with subprocess.Popen(["sleep", "0.2"]) as other:
+                assert 0.1 < stacks._stopped_s(target.pid, other.pid)
+        finally:
+            target.kill()
 
 
 # --- children ---------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         prog="scripts/bench",
         description="Measure what latrace costs, beside its peers. Needs root and an idle machine."
         " Tables go to stdout, progress to stderr. Installs nothing: peers that are missing are"
-        " left out, aloud. All of it takes about half an hour.",
+        " left out, aloud. All of it takes about an hour.",
     )
     parser.add_argument(
         "--only",
@@ -36,7 +36,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         help="only these: " + ", ".join(BENCHMARKS),
     )
     parser.add_argument(
-        "--quick", action="store_true", help="in less than a minute; proves nothing but itself"
+        "--quick", action="store_true", help="in about a minute; proves nothing but itself"
     )
     parser.add_argument(
         "--rounds", type=int, metavar="N", help=f"of every contender (default: {_ROUNDS})"

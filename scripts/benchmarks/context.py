@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -22,6 +22,10 @@ class Context:
     folder: Path
     skipped: dict[str, str] = field(default_factory=dict)
     """What was left out or failed, and why."""
+
+    def at_most(self, rounds: int) -> Context:
+        """The same with no more rounds than these, for what takes long."""
+        return replace(self, rounds=min(self.rounds, rounds))
 
     def say(self, text: str) -> None:
         """Progress, for whoever waits."""

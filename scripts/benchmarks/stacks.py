@@ -34,6 +34,7 @@ from .tools import CAPTURE, LATRACE, READY
 
 SAMPLES_HZ = 199
 _SECONDS, _QUICK_SECONDS = 8.0, 1.0
+_ROUNDS = 3
 _DUMPS, _QUICK_DUMPS = 5, 1
 _POLL_S = 0.02
 _PROGRAMS: dict[str, Serve] = {
@@ -66,7 +67,7 @@ Figures = dict[str, float]
 def run(context: Context) -> dict[str, Any]:
     """All tools beside each program in turn, and that in rounds."""
     names = _QUICK if context.quick else tuple(_PROGRAMS)
-    found = context.interleave(
+    found = context.at_most(_ROUNDS).interleave(
         {name: partial(_look_at, context, name, _PROGRAMS[name]) for name in names}
     )
     if not found:
@@ -401,13 +402,15 @@ def render(result: dict[str, Any]) -> list[str]:
         *lines,
         "",
         *paragraph(
-            f"{result['seconds']:g} s each, one after the other beside the same load; samples on"
+            f"{result['seconds']:g} s each, one after the other beside the same load, at most"
+            f" {_ROUNDS} rounds; samples on"
             f" the CPU {result['samples_hz']} times a second. Per stack: CPU us is the CPU time of"
             " latrace in all, with its children, less what it takes without stacks; that of perf"
             " record, and of py-spy. names us is what the thread of latrace takes that walks and"
             " names them, with what it reads once (the kernel's names, the files), and what perf"
             " script takes (without inlined functions). kB is on disk."
-            " +- is half of the interval. perf: --call-graph dwarf, 8 KiB of each stack. BPF: the"
+            " +- is half of the interval. perf: --call-graph dwarf, 8 KiB of each stack; what that"
+            " takes in the kernel is in none of its figures. BPF: the"
             " kernel's statistics of the program that takes them, less what it takes where there"
             " is none to take; the copy begins with the page that the stack stands in, which is"
             " not counted."

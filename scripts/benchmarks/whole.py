@@ -31,7 +31,7 @@ PROGRAMS: dict[str, Serve] = {
 }
 _QUICK = ("redis-server", "python3")
 _SECONDS, _QUICK_SECONDS = 10, 2
-_SAMPLES_HZ = 199
+_ROUNDS, _SAMPLES_HZ = 3, 199
 _GOALS = {"asleep": 0.98, "cpu": 0.97}
 _WORDS = {"asleep": "asleep", "cpu": "on the CPU"}
 _TIMEOUT_S = 120
@@ -41,7 +41,7 @@ def run(context: Context) -> dict[str, Any]:
     """Trace each of them under its load."""
     seconds = _QUICK_SECONDS if context.quick else _SECONDS
     names = _QUICK if context.quick else tuple(PROGRAMS)
-    found = context.interleave(
+    found = context.at_most(_ROUNDS).interleave(
         {name: partial(_traced, context, PROGRAMS[name], seconds) for name in names}
     )
     if not found:
@@ -158,7 +158,8 @@ def render(result: dict[str, Any]) -> list[str]:
         *table(("program", "asleep", "whole", "on CPU", "whole"), rows),
         "",
         *paragraph(
-            f"Each under its usual load, {result['seconds']} s a round, with --cpu-samples"
+            f"Each under its usual load, {result['seconds']} s a round, at most {_ROUNDS} rounds,"
+            " with --cpu-samples"
             f" {result['samples_hz']}. Asleep: the stacks of waits for a CPU, as in"
             " quality.stacks of latrace report --json. Medians of the rounds, and the least where"
             " it differs. Where the others end, at most three each:"
