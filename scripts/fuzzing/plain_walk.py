@@ -115,7 +115,8 @@ class PlainStack:
                     value = None
                 if kind not in (rules.MEMORY, rules.VALUE) or value is None:
                     gone.add(column)
-                    then[column] = 0
+                    # Of a lost stack pointer it is still known that it lies beyond this frame.
+                    then[column] = cfa if column == rules.RSP else 0
                 else:
                     gone.discard(column)
                     then[column] = value

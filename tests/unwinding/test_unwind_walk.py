@@ -201,6 +201,17 @@ def test_what_is_relative_to_a_lost_register_is_lost_as_well() -> None:
     assert (frames, end) == ([first, second, third], End.SHORT)
 
 
+def test_frames_rise_also_where_the_stack_pointer_is_lost() -> None:
+    # CFA = rbp + 16, and nothing is known of the caller's rsp; rbp is the same.
+    section = section_of_functions([(0x4000, 256, b"\x0c\x06\x10\x07\x07")])
+    places = Places()
+    number = places.add_module(compile_section(section))
+    places.add_space(u64(BASE), u64(BASE + 0x10000), u64(BASE), np.array([number]))
+    pc = BASE + 0x4009
+    found = walk(places, pc, Copy(STACK, [0, pc, 0, 0]), rbp=STACK)
+    assert found == ([pc, pc], End.STUCK)
+
+
 # --- signals
 
 

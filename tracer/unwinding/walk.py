@@ -170,6 +170,8 @@ class _Lanes:
             # What is said relative to a register that is lost is lost with it.
             sources = self._lost[lanes] >> steps.source[entries] & 1
             had = (there & ~odd | (how == VALUE)) & (sources == 0)
+            # A stack pointer that is lost still lies beyond this frame, and so must the next one.
+            read = np.where(had | (columns != RSP), read, cfa[lanes])
             self._lose(lanes, columns, had, cfa, end)
         registers[:, RSP] = cfa
         flat[rows + columns] = read
