@@ -11,11 +11,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from unwind_modules import module, section_of
 
 from latrace.tracer.stacks import Copy, RawStack
 from latrace.tracer.symbols.client import Worker
+from latrace.tracer.symbols.files import MappedFile
 from latrace.tracer.symbols.table import Image, empty_table
 from latrace.tracer.target_stack import copy_stack
+from latrace.tracer.unwinding import places as places_module
+from latrace.tracer.unwinding import walker as walker_module
+from latrace.tracer.unwinding.cfi import compile_section
+from latrace.tracer.unwinding.places import End, Places
 from latrace.tracer.unwinding.walker import WHOLE, Walker
 
 PTRACE_GETREGS, PTRACE_DETACH, PTRACE_SEIZE, PTRACE_INTERRUPT = 12, 17, 0x4206, 0x4207
@@ -118,3 +124,41 @@ def test_a_file_that_says_it_is_loaded_anywhere(vaddr: int) -> None:
         assert [frame.offset for frame in frames] == [vaddr, (vaddr + 1) % (1 << 64)]
     finally:
         walker.symbolizer.close()
+
+
+def test_tables_have_a_limit_in_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = compile_section(section_of(module("libgcc_s.so.1"), most=3000))
+    monkeypatch.setattr(walker_module, "TABLES_LIMIT", 2 * table.nbytes)
+    walker = Walker()
+    files = [MappedFile(f"file{number}") for number in range(3)]
+    for file in files:
+        walker._add(file, table)
+    found = walker.stats["modules"]
+    assert [found[file.module] for file in files] == [
+        "call frame information",
+        "call frame information",
+        "memory for unwind tables used up",
+    ]
+    # What is forgotten makes room.
+    del files[:2], file
+    walker.let_go()
+    more = [MappedFile("more0"), MappedFile("more1"), MappedFile("more2")]
+    for file in more:
+        walker._add(file, table)
+    found = walker.stats["modules"]
+    assert found["more1"] == "call frame information" != found["more2"]
+
+
+def test_rules_have_a_limit_in_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = compile_section(section_of(module("libgcc_s.so.1"), most=6000))
+    address = np.array([table.base + int(table.pcs[at]) for at in range(len(table))], np.uint64)
+    monkeypatch.setattr(places_module, "MAX_RULES_IN_ALL", 16)
+    places = Places()
+    number = places.add_module(table)
+    space = places.add_space(
+        address[:1] - np.uint64(1), address[-1:], np.zeros(1, np.uint64), np.array([number])
+    )
+    keys = places.keys(np.full(address.size, space))
+    ends = places.steps.end[places.find(address, keys)]
+    assert len(places.steps.end) == 16
+    assert {End.GOES_ON, End.UNSUPPORTED} <= {End(end) for end in ends.tolist()}

@@ -25,6 +25,7 @@ from .places import End, Otherwise, Places
 from .records import CfiError
 from .sections import table_of
 from .table import UnwindTable
+from .trampolines import are_trampolines
 from .walk import Stacks, unwind
 
 WHOLE: Final = "whole"
@@ -46,6 +47,8 @@ _WORDS: Final = {
 _CURABLE: Final = (_WORDS[End.NO_TABLE], _WORDS[End.UNMAPPED])
 _ROUNDS: Final = 32
 _NAMED_MODULES: Final = 200
+TABLES_LIMIT: Final = 512 << 20
+"""Bytes of unwinding tables kept; some 400 files of a host, browsers among them, take 137 MB."""
 # Words of struct pt_regs (arch/x86/include/asm/ptrace.h) in DWARF's order of registers.
 _DWARF_ORDER: Final = np.array([10, 12, 11, 5, 13, 14, 4, 19, 9, 8, 7, 6, 3, 2, 1, 0, 16])
 _CS, _CS_64_BIT = 17, 0x33
@@ -76,6 +79,7 @@ class Walker:
         # A file is parsed once: what was made of it is kept for as long as the file is known.
         self._tables_of: WeakKeyDictionary[MappedFile, UnwindTable | str] = WeakKeyDictionary()
         self._parsed: WeakSet[MappedFile] = WeakSet()
+        self._tables_bytes: int | None = 0
         self._places = Places()
         self._modules: dict[MappedFile, int] = {}
         self._spaces: dict[int, tuple[Ranges, set[MappedFile], int]] = {}
@@ -102,6 +106,7 @@ class Walker:
         self._places = Places()
         self._modules.clear()
         self._spaces.clear()
+        self._tables_bytes = None  # files will be forgotten, and their tables with them
 
     def walk(self, stacks: Sequence[RawStack]) -> list[Walked | None]:
         """Walk them; None for one without a copy, or of a 32-bit program."""
@@ -218,7 +223,11 @@ class Walker:
         while len(self._spaces) >= PROCESS_LIMIT:
             self._places.drop_space(self._spaces.pop(next(iter(self._spaces)))[2])
         numbers = ranges.files.tolist()
-        modules = [self._module(files[number]) for number in numbers]
+        modules = np.array([self._module(files[number]) for number in numbers], np.int64)
+        of_no_file = np.flatnonzero([files[number].anonymous for number in numbers])
+        if of_no_file.size:
+            made = are_trampolines(tgid, ranges.starts[of_no_file])
+            modules[of_no_file[made]] = self._trampolines
         biases = ranges.starts.copy()
         for at, number in enumerate(numbers):
             image = files[number].image
@@ -227,7 +236,7 @@ class Walker:
                 biases[at : at + 1] -= image.vaddrs(ranges.offsets[at : at + 1])[0]
         try:
             space = self._places.add_space(
-                ranges.starts, ranges.ends, biases, np.array(modules, np.int64)
+                ranges.starts, ranges.ends, biases, modules
             )
         except ValueError:  # the maps changed while they were read
             return -1
@@ -252,6 +261,14 @@ class Walker:
 
     def _add(self, file: MappedFile, table: UnwindTable | str) -> None:
         """Take the table of a file; whoever has it mapped gets it anew."""
+        if isinstance(table, UnwindTable):
+            if self._tables_bytes is None:
+                known = self._tables_of.values()
+                self._tables_bytes = sum(one.nbytes for one in known if not isinstance(one, str))
+            if self._tables_bytes + table.nbytes > TABLES_LIMIT:
+                table = "memory for unwind tables used up"
+            else:
+                self._tables_bytes += table.nbytes
         self._tables_of[file] = table
         if len(self._how) < _NAMED_MODULES:
             how = ["call frame information"] if isinstance(table, UnwindTable) else []
