@@ -25,7 +25,6 @@ from .places import End, Otherwise, Places
 from .records import CfiError
 from .sections import table_of
 from .table import UnwindTable
-from .trampolines import are_trampolines
 from .walk import Stacks, unwind
 
 WHOLE: Final = "whole"
@@ -223,11 +222,7 @@ class Walker:
         while len(self._spaces) >= PROCESS_LIMIT:
             self._places.drop_space(self._spaces.pop(next(iter(self._spaces)))[2])
         numbers = ranges.files.tolist()
-        modules = np.array([self._module(files[number]) for number in numbers], np.int64)
-        of_no_file = np.flatnonzero([files[number].anonymous for number in numbers])
-        if of_no_file.size:
-            made = are_trampolines(tgid, ranges.starts[of_no_file])
-            modules[of_no_file[made]] = self._trampolines
+        modules = [self._module(files[number]) for number in numbers]
         biases = ranges.starts.copy()
         for at, number in enumerate(numbers):
             image = files[number].image
@@ -236,7 +231,7 @@ class Walker:
                 biases[at : at + 1] -= image.vaddrs(ranges.offsets[at : at + 1])[0]
         try:
             space = self._places.add_space(
-                ranges.starts, ranges.ends, biases, modules
+                ranges.starts, ranges.ends, biases, np.array(modules, np.int64)
             )
         except ValueError:  # the maps changed while they were read
             return -1
