@@ -39,6 +39,8 @@ MAX_SEGMENTS: Final = 1 << 12
 MAX_SMALL: Final = 1 << 20
 """Notes and links: read whole, so kept small."""
 MAX_RELOCATIONS: Final = 64 << 20
+MAX_PLTS: Final = 16
+"""Sections with relocations, and with stubs; linkers write three of either."""
 MAX_MINIDEBUG: Final = 64 << 20
 
 _PT_LOAD, _PT_NOTE = 1, 4
@@ -355,7 +357,7 @@ def _plt(source: Source, headers: Headers, dynamic: tuple[Records, Strings]) -> 
     symbols, strings = dynamic
     slots: list[U64] = []
     targets: list[npt.NDArray[np.int64]] = []
-    for section in headers.sections[headers.sections["type"] == _SHT_RELA][:16]:
+    for section in headers.sections[headers.sections["type"] == _SHT_RELA][:MAX_PLTS]:
         size = int(section["size"])
         if size > MAX_RELOCATIONS:
             continue
@@ -372,9 +374,12 @@ def _plt(source: Source, headers: Headers, dynamic: tuple[Records, Strings]) -> 
     slot, target = slot[order], target[order]
 
     found: dict[int, tuple[int, bytes]] = {}
-    for section, name in zip(headers.sections, headers.names, strict=True):
-        if not (name == b".plt" or name.startswith(b".plt.")) or not slot.size:
-            continue
+    stubs = [
+        section
+        for section, name in zip(headers.sections, headers.names, strict=True)
+        if slot.size and (name == b".plt" or name.startswith(b".plt."))
+    ]
+    for section in stubs[:MAX_PLTS]:
         width = 8 if int(section["entsize"]) == 8 else 16
         flat = np.frombuffer(_section_bytes(source, section, MAX_RELOCATIONS), dtype=np.uint8)
         code = flat[: flat.size // width * width].reshape(-1, width)

@@ -292,7 +292,7 @@ def survives(data: bytes) -> None:
     began = time.process_time()
     try:
         image = read_image(BytesSource(data))
-    except (ElfError, ValueError, IndexError, OverflowError, ArithmeticError):
+    except ElfError:
         pass
     else:
         table = image.symbols
@@ -388,6 +388,26 @@ def test_symbols_and_names_out_of_bounds_are_left_out():
     symbols = symbol(2**32 - 1, 0x1000, 16) + symbol(0, 0x1100, 16) + symbol(1, 0x1200, 16)
     image = read_image(BytesSource(hostile(symbols, b"\0ok")))
     assert image.symbols.all_names() == [b"ok"]
+
+
+def test_thousands_of_linkage_tables_take_little_time():
+    """Each of them is the same megabyte of the file."""
+    names, strings = b"\0.plt\0", b"\0f\0"
+    parts = [names, strings, symbol(1, 0x1000, 16) * 2, struct.pack("<QIIq", 0x2000, 7, 1, 0)]
+    parts.append((b"\xff\x25" + bytes(14)) * (1 << 16))
+    at = [64 + sum(map(len, parts[:number])) for number in range(len(parts) + 1)]
+
+    def section(number: int, kind: int, entry: int = 0, link: int = 0, name: int = 0) -> bytes:
+        place = (at[number], len(parts[number]))
+        return struct.pack("<IIQQQQIIQQ", name, kind, 0, 0x10000, *place, link, 0, 1, entry)
+
+    table = bytes(64) + section(0, 3) + section(1, 3) + section(2, 11, 24, 2) + section(3, 4, 24)
+    table += section(4, 1, 16, 0, 1) * 20_000
+    shape = (3, 62, 1, 0, 0, at[-1], 0, 64, 56, 0, 64, 20_005, 1)
+    header = b"\x7fELF\x02\x01\x01" + bytes(9) + struct.pack("<HHIQQQIHHHHHH", *shape)
+    began = time.process_time()
+    read_image(BytesSource(header + b"".join(parts) + table))
+    assert time.process_time() - began < 3
 
 
 @pytest.mark.parametrize("content", [b"", b"\x7fELF", b"#!/bin/sh\n", b"MZ" + bytes(4096)])
