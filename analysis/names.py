@@ -88,7 +88,10 @@ def fit_name(name: str, columns: int) -> str:
     start, end = own_part(name)
     if not start or end <= columns - 2:
         return fit(name, columns)
-    return ".." + fit(name[start:], columns - 2)
+    own = fit(name[start:], columns - 2)
+    # Of a place in a file what is left of the room is the file's.
+    file = name[: columns - 2 - cells(own)] if own.startswith("+") and name.isascii() else ""
+    return f"{file}..{own}"
 
 
 def _skip(name: str, at: int, length: int) -> int:

@@ -355,7 +355,10 @@ def _stacks(page: Page, summary: Summary) -> None:
             inner = frames(callers(stack["user"]) or stack["kernel"], room)
             shown[inner] = shown.get(inner, 0) + stack["weight_ns"]
         heaviest = sorted(shown.items(), key=lambda item: -item[1])
-        for inner, ns in heaviest[:_LISTED_STACKS]:
+        for inner, sampled_ns in heaviest[:_LISTED_STACKS]:
+            ns = min(
+                sampled_ns, total or sampled_ns
+            )  # by chance it may stand for more than there was
             page.line(f"{duration(ns).rjust(NUMBER)}{share(ns, total).rjust(9)}  {inner}")
 
 

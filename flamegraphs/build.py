@@ -80,6 +80,8 @@ _SUBTITLES: Final[dict[Kind, str]] = {
     "[blocked] exact, with stacks of where the thread left the CPU.",
 }
 
+# By so much the samples of a capture that was closed may stand for more than there was.
+_CHANCE: Final = 0.05
 _CAUSE_NS: Final = tuple(f"{cause}_ns" for cause in CAUSES)
 
 AS_RECORDED: Final = Shape()
@@ -171,9 +173,9 @@ def build_profile(
 
     Weights are added per stack in nanoseconds and rounded to microseconds together, so that the
     root is the exact total of the in-kernel counters; what was not sampled stands under
-    `[not sampled]`. Should the samples exceed the counters (a capture that was cut off), their
-    sum is the root, and a warning says so. Without `pids` culprits of one name are one, as two
-    captures need it that are compared.
+    `[not sampled]`. Should the samples exceed the counters by more than chance (a capture that was
+    cut off), their sum is the root, and a warning says so. Without `pids` culprits of one name are
+    one, as two captures need it that are compared.
 
     By `level` "thread" a thread's frame, `comm/tid`, comes before all else of its stacks (a
     culprit's is the culprit's); what was not sampled is nobody's. By "none" there is no frame of a
@@ -194,7 +196,8 @@ def build_profile(
     counted = [part for part in parts if part.exact_ns is not None]
     counted_ns = sum(part.total_ns for part in counted)
     sampled_ns = sum(part.sampled_ns for part in counted)
-    if kind != "culprit" and sampled_ns > counted_ns:
+    chance = _CHANCE if capture.complete else 0
+    if kind != "culprit" and sampled_ns > counted_ns * (1 + chance):
         warnings.append(
             "the exact totals are older than the samples or missing: the root is the sampled time, "
             f"{human_us(sampled_ns // 1000)}, not the counted {human_us(counted_ns // 1000)}"

@@ -59,7 +59,9 @@
     const whole = fit(frame.name, columns), [start, end] = frame.own;
     if (!start || whole === frame.name || end < columns) return whole;
     const own = fit(Array.from(frame.name).slice(start).join(""), columns - 1);
-    return own && "\u2026" + own;  // rather the function's own name than its qualifiers
+    if (!own) return "";  // rather the function's own name than its qualifiers
+    const file = own[0] === "+" && /^[ -~]*$/.test(frame.name) ? columns - 1 - own.length : 0;
+    return frame.name.slice(0, Math.max(0, file)) + "\u2026" + own;
   }
 
   function fit(text, columns) {

@@ -168,7 +168,9 @@ def _label(name: str, columns: int, start: int, end: int) -> str:
     if cells(name) <= columns or not start or end < columns:
         return fit(name, columns)
     own = fit(name[start:], columns - 1)
-    return own and ELLIPSIS + own
+    # Of a place in a file what is left of the room is the file's.
+    file = name[: columns - 1 - len(own)] if own.startswith("+") and name.isascii() else ""
+    return own and file + ELLIPSIS + own
 
 
 def _head(profile: Profile) -> tuple[list[str], int]:

@@ -211,6 +211,15 @@ def test_processes_of_one_thread_each_are_listed_once(summary: dict[str, Any]) -
     assert "Processes that waited most" not in render_text(only)
 
 
+def test_no_stack_is_more_than_the_whole(summary: dict[str, Any]) -> None:
+    """By chance the samples of a stack may stand for more time than there was."""
+    total = summary["waits"]["blocked"]["total_ns"]
+    stacks = [{**summary["stacks"]["blocked"][0], "weight_ns": total * 104 // 100}]
+    text = render_text({**summary, "stacks": {"wait": [], "blocked": stacks}})
+    (line,) = text.partition("Where it blocked (sampled)\n")[2].splitlines()[:1]
+    assert line.split()[:4] == [*words.duration(total).split(), "100.0", "%"]
+
+
 def test_stacks_of_go_s_runtime_tell_whose_sleep_it_was(summary: dict[str, Any]) -> None:
     slept = ["runtime.futex.abi0", "runtime.futexsleep", "runtime.notesleep", "runtime.stopm"]
     stacks = [

@@ -52,7 +52,8 @@ def test_the_part_that_is_the_function_s_own(name: str, own: str) -> None:
         ("net/http.(*conn).serve", 22, "net/http.(*conn).serve"),
         ("net/http.(*conn).serve", 21, "..(*conn).serve"),
         ("runtime.notetsleep_internal", 16, "..notetsleep_i.."),
-        ("postgres+0x475299", 12, "..+0x475299"),
+        ("postgres+0x475299", 12, "p..+0x475299"),
+        ("libjemalloc.so.2+0x39ad8", 18, "libjemal..+0x39ad8"),
         # The own part is in what remains: the namespace may stay.
         ("node::Start(int, char**)", 20, "node::Start(int, c.."),
         ("schedule_hrtimeout_range_clock", 12, "schedule_h.."),

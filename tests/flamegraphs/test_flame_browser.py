@@ -128,6 +128,20 @@ def test_a_cut_name_is_the_function_s_own_and_whole_where_it_fits(
     assert one(state(browser), name)["label"] == "…(*Server).Serve.func3"
 
 
+def test_a_cut_place_in_a_file_keeps_of_the_file_what_it_can(
+    browser: Browser, tmp_path: Path
+) -> None:
+    name = "libjemalloc.so.2.0.1-with-a-long-name+0x39ad8"
+    show(
+        browser,
+        tmp_path,
+        Profile(title="t", stacks=[((APP, *user(name)), 150), ((APP, *user("f")), 850)]),
+    )
+    label = one(state(browser), name)["label"]
+    assert label.startswith("libjemall") and label.endswith("…+0x39ad8")
+    assert len(label) < len(name)
+
+
 def test_click_zooms_and_the_button_resets(browser: Browser, tmp_path: Path) -> None:
     show(browser, tmp_path)
     before = state(browser)

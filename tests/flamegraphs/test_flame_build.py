@@ -216,6 +216,23 @@ def test_samples_beyond_the_counters_are_kept_and_said() -> None:
     assert any("the root is the sampled time, 2.00 ms" in warning for warning in profile.warnings)
 
 
+def test_samples_that_stand_for_a_little_more_by_chance_do_not_move_the_root() -> None:
+    """One long sleep on a period's mark stands for a whole period more than it took."""
+    waits = [{"stack": 12, "blocked_weight_ns": 1_030_000}]
+    totals = [{"tgid": 100, "waits": 1, "wait_ns": 0, "blocked_ns": 1_000_000}]
+    profile = build_profile(capture(waits, totals=totals), kind="offcpu")
+    assert folded(profile) == ["[blocked];app;[no user stack];-;schedule 1000"]
+    assert not profile.warnings
+    for waits, complete in (
+        ([{"stack": 12, "blocked_weight_ns": 1_060_000}], True),
+        ([{"stack": 12, "blocked_weight_ns": 1_030_000}], False),
+    ):
+        made = capture(waits, totals=totals, manifest={"complete": complete})
+        profile = build_profile(made, kind="offcpu")
+        assert profile.total_us == waits[0]["blocked_weight_ns"] // 1000
+        assert any("the root is the sampled time" in warning for warning in profile.warnings)
+
+
 def test_a_capture_of_nothing() -> None:
     made = MemoryCapture()
     for kind in KINDS:

@@ -81,6 +81,8 @@ def test_a_cut_name_is_rather_the_function_s_own_than_its_qualifiers() -> None:
     assert label(name, "jit", 10) == "…(*conn).…"
     assert label(name, "process", 10) == "net/http.…"
     assert label("node::Start(int, char**)", "user", 18) == "node::Start(int,…"
+    assert label("libjemalloc.so.2+0x39ad8", "user", 18) == "libjemall…+0x39ad8"
+    assert label("漢字+0x39ad8", "user", 9) == "…+0x39ad8"
     assert label(name, "user", 2) == ""
 
 
