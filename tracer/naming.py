@@ -34,7 +34,7 @@ _REMEMBERED = 1 << 17  # distinct stacks; beyond, all are forgotten: one that re
 _NAMED = -1  # for good; else a number that changes when JIT code without a name may have got one
 _LAST_ID = 2**31 - 1  # the ids of a capture are 32 bits wide, signed
 _BATCH, _GATHER_S = 512, 5.0  # a walk of few takes as long as one of many
-_CLOSE_TIMEOUT_S = 60.0  # a file that is being parsed has its own limits
+_CLOSE_TIMEOUT_S = 60.0  # it looks at what it has at hand, but reads no files any more
 _COPIES_BYTES = 64 << 20  # that wait to be walked; beyond, frame pointers have to do
 
 _Key = tuple[int, int, bytes, str]
@@ -168,6 +168,7 @@ class Naming:
         """
         self._closing = True
         self._todo.put(None)
+        self._walker.abandon()
         self._thread.join(_CLOSE_TIMEOUT_S)
 
     def stats(self) -> dict[str, Any]:

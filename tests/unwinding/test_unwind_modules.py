@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -183,3 +185,17 @@ def test_without_a_place_for_it_nothing_is_kept(tmp_path: Path) -> None:
     cache = TableCache(tmp_path / "no" / "such")
     cache.keep(key_of([PLACE], b"abcd"), a_table())
     assert cache.find(key_of([PLACE], b"abcd")) is None
+
+
+def test_a_table_that_is_being_made_is_given_up(worker: Worker) -> None:
+    code = "import sys, time; time.sleep(1000)"
+    slow = Worker(command=(sys.executable, "-c", code), file_timeout_s=60)
+    tables = ModuleTables(worker, another=lambda: slow)
+    timer = threading.Timer(1.0, tables.abandon)
+    timer.start()
+    began = time.monotonic()
+    found = [table(tables, module("libgcc_s.so.1")) for _ in range(2)]
+    assert time.monotonic() - began < 20
+    timer.join()
+    assert found[0] in ("the worker died", "the worker was given up")
+    assert found[1] == "the worker was given up"

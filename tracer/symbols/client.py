@@ -72,6 +72,7 @@ class Worker:
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: socket.socket | None = None
         self._served = False
+        self._abandoned = False
         self._failed_starts = 0
         self.starts = 0
         self.deaths = 0
@@ -79,6 +80,8 @@ class Worker:
 
     def start(self) -> None:
         """Start the child without waiting for it. Does nothing when it runs."""
+        if self._abandoned:
+            raise WorkerError("the worker was given up")
         if self._process is not None:
             return
         if self._failed_starts >= MAX_FAILED_STARTS:
@@ -259,6 +262,17 @@ class Worker:
                 process.kill()
             with suppress(subprocess.TimeoutExpired):  # hung up on, it ends by itself
                 process.wait(_ENDS_WITHIN_S)
+
+    def abandon(self) -> None:
+        """End the child for good; may be called by another thread than the one that asks it.
+
+        That one gets a WorkerError at once, and so does whoever asks from now on.
+        """
+        self._abandoned = True
+        connection = self._connection
+        if connection is not None:
+            with suppress(OSError):  # closed meanwhile
+                connection.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         """End the child."""

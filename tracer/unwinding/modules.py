@@ -35,8 +35,18 @@ class ModuleTables:
         self._worker = worker
         self._cache = cache
         self._another = another
+        self._maker: Worker | None = None
+        self._abandoned = False
         self.found = 0
         self.made = 0
+
+    def abandon(self) -> None:
+        """Make no more of them; what is being made ends at once. For another thread to call."""
+        self._abandoned = True
+        self._worker.abandon()
+        maker = self._maker
+        if maker is not None:
+            maker.abandon()
 
     def table(self, fd: int) -> UnwindTable | str:
         """The table of the file open as `fd`; a string says why there is none. Never raises."""
@@ -59,10 +69,13 @@ class ModuleTables:
         if known is not None:
             self.found += 1
             return known
-        worker = self._another()
+        worker = self._maker = self._another()
         try:
+            if self._abandoned:
+                worker.abandon()
             data = worker.unwind_table([place.as_dict() for place in places], sections)
         finally:
+            self._maker = None
             worker.close()
         if isinstance(data, int):
             return wire.STATUS_WORDS[data]

@@ -98,6 +98,10 @@ class Walker:
             "copy_pages": self.copy_pages,
         }
 
+    def abandon(self) -> None:
+        """Have no more files read, at once; for another thread to call."""
+        self._tables.abandon()
+
     def let_go(self) -> None:
         """Forget all memory maps; before the symbolizer forgets the files that were not used."""
         for file in self._modules:

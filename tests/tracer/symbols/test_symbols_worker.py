@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -141,6 +142,20 @@ def test_a_worker_that_never_starts_is_not_tried_for_ever():
         assert running.starts == MAX_FAILED_STARTS
     with worker(command=("/nonexistent/python",)) as running, pytest.raises(WorkerError):
         running.start()
+
+
+def test_a_worker_is_given_up_by_another_thread():
+    with worker(command=fake("s.recv(9999); time.sleep(1000)"), file_timeout_s=60) as running:
+        timer = threading.Timer(0.3, running.abandon)
+        timer.start()
+        began = time.monotonic()
+        with pytest.raises(WorkerError, match="died"):
+            parse(running, libc())
+        assert time.monotonic() - began < 20
+        timer.join()
+        with pytest.raises(WorkerError, match="given up"):
+            parse(running, libc())
+        assert running.demangle([b"_Z1fi"]) == [b"_Z1fi"]
 
 
 DEADLY = """
