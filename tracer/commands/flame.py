@@ -93,8 +93,8 @@ def flame(
             "--collapse",
             help="Fold recursion: f f f is f, f g f g is f g. And take away what every program of a"
             " runtime has: the start-up of libc and its threads, the entry and scheduler functions"
-            " of Go, the entries of V8 and libuv (Node.js), the evaluation loop of CPython, the ways"
-            " into the kernel and to its scheduler. Never a program's innermost function.",
+            " of Go, the entries of V8 and libuv (Node.js), the evaluation loop of CPython, the"
+            " ways into the kernel and to its scheduler. Never a program's innermost function.",
         ),
     ] = False,
     reverse: Annotated[
