@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from flame_samples import MemoryCapture
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from latrace.analysis.capture import open_capture
@@ -264,6 +264,7 @@ rows = st.fixed_dictionaries(
     st.integers(0, 10**12),
     st.sampled_from(["wait", "offcpu", "waker"]),
 )
+@settings(deadline=None)
 def test_the_root_is_the_exact_total_and_no_stack_is_off_by_a_microsecond(
     waits: list[dict[str, Any]], missing_ns: int, kind: Kind
 ) -> None:
@@ -347,6 +348,7 @@ causes = st.fixed_dictionaries({cause: st.integers(0, 10**12) for cause in CAUSE
 
 
 @given(st.lists(causes, max_size=20), causes, st.sampled_from(["wait", "offcpu", "wall"]))
+@settings(deadline=None)
 def test_the_root_is_exact_with_causes_too(
     waits: list[dict[str, int]], more: dict[str, int], kind: Kind
 ) -> None:
