@@ -59,6 +59,8 @@ class PlainStack:
         if number == rules.NO_RULE:
             if part.otherwise == Otherwise.FRAME_POINTERS:
                 return End.GOES_ON, _simple(rules.RBP, {rules.RBP: -16, rules.RETURN: -8}), True
+            if part.otherwise == Otherwise.TRAMPOLINE:
+                return End.GOES_ON, _simple(rules.RSP, {rules.RETURN: -8}), False
             return (End.NO_TABLE if part.table is None else End.NO_RULE), None, False
         if number == rules.BAD_RULE or found is None:
             return End.UNSUPPORTED, None, False

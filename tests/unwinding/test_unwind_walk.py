@@ -49,7 +49,7 @@ SIGNAL = (
 # As with the C library, what is said begins before the address that a handler returns to.
 RETURNS = BASE + 0x10000 + 0x4001
 NOWHERE = BASE + 0x4000 + 256 * len(FUNCTIONS)
-FOREIGN, JIT = 0x6000_0000_0000, 0x6100_0000_0000
+FOREIGN, JIT, TRAMPOLINE = 0x6000_0000_0000, 0x6100_0000_0000, 0x6200_0000_0000
 
 
 def tables() -> tuple[UnwindTable, UnwindTable]:
@@ -64,8 +64,9 @@ def places() -> Places:
     modules = [found.add_module(table) for table in tables()]
     modules.append(found.add_module(None))
     modules.append(found.add_module(None, otherwise=Otherwise.FRAME_POINTERS))
-    starts = [BASE, BASE + 0x10000, FOREIGN, JIT]
-    biases = [BASE, BASE + 0x10000, 0, 0]
+    modules.append(found.add_module(None, otherwise=Otherwise.TRAMPOLINE))
+    starts = [BASE, BASE + 0x10000, FOREIGN, JIT, TRAMPOLINE]
+    biases = [BASE, BASE + 0x10000, 0, 0, 0]
     assert found.add_space(u64(*starts), u64(*(start + 0x10000 for start in starts)), u64(*biases),
                            np.array(modules)) == 0  # fmt: skip
     return found
@@ -258,6 +259,12 @@ def test_frame_pointers_where_a_table_has_no_rule() -> None:
     frames, end = walk(places, PLACES["leaf"], Copy(STACK, words), rbp=STACK + 16)
     assert frames == [PLACES["leaf"], NOWHERE + 9, at("frame16"), at("root")]
     assert end == End.WHOLE
+
+
+def test_a_trampoline(places: Places) -> None:
+    words = [TRAMPOLINE + 9, 0, at("root")]
+    found = walk(places, PLACES["leaf"], Copy(STACK, words))
+    assert found == ([PLACES["leaf"], TRAMPOLINE + 9, at("root")], End.WHOLE)
 
 
 # --- many at once

@@ -54,6 +54,8 @@ class Otherwise(IntEnum):
     """Its caller is on a stack that it does not tell of."""
     SIGNAL = 4
     """Where a handler of a signal returns to."""
+    TRAMPOLINE = 5
+    """CPython's, one for each function, where it tells perf of them (see trampolines.py)."""
 
 
 class End(IntEnum):
@@ -100,7 +102,7 @@ _ADDRESSES: Final = np.uint64((1 << ADDRESS_BITS) - 1)
 _SPACE_SHIFT: Final = np.uint64(ADDRESS_BITS)
 
 _UNMAPPED, _NO_TABLE, _NO_RULE, _UNSUPPORTED, _ROOT, _ELSEWHERE = range(6)
-FRAME_POINTERS, _SIGNAL = range(6, 8)
+FRAME_POINTERS, _SIGNAL, _TRAMPOLINE = range(6, 9)
 _ENDS: Final = {
     _UNMAPPED: End.UNMAPPED,
     _NO_TABLE: End.NO_TABLE,
@@ -113,6 +115,7 @@ _INSTEAD: Final = {
     Otherwise.ROOT: _ROOT,
     Otherwise.ELSEWHERE: _ELSEWHERE,
     Otherwise.SIGNAL: _SIGNAL,
+    Otherwise.TRAMPOLINE: _TRAMPOLINE,
 }
 
 # Where the kernel keeps the registers (DWARF's columns) of whoever a signal interrupted, from the
@@ -242,7 +245,8 @@ class Places:
         signal = simple_rule(RSP, _SAVED_RSP, saved=_SAVED)
         signal["cfa_kind"], signal["signal"] = CFA_DEREF, 1
         signal["base"][signal["kind"] == MEMORY] = RSP
-        self._rules: list[Rules] = [nothing] * 6 + [frame_pointers, signal]
+        trampoline = simple_rule(RSP, 16, saved={RETURN: -8})
+        self._rules: list[Rules] = [nothing] * 6 + [frame_pointers, signal, trampoline]
         self._numbers: dict[bytes, int] = {}
         self._stale: Steps | None = None
         self._modules: list[_Module] = []

@@ -25,6 +25,7 @@ from .places import End, Otherwise, Places
 from .records import CfiError
 from .sections import table_of
 from .table import UnwindTable
+from .trampolines import are_trampolines
 from .walk import Stacks, unwind
 
 WHOLE: Final = "whole"
@@ -79,7 +80,7 @@ class Walker:
         self._tables_of: WeakKeyDictionary[MappedFile, UnwindTable | str] = WeakKeyDictionary()
         self._parsed: WeakSet[MappedFile] = WeakSet()
         self._tables_bytes: int | None = 0
-        self._places = Places()
+        self._places, self._trampolines = _nowhere()
         self._modules: dict[MappedFile, int] = {}
         self._spaces: dict[int, tuple[Ranges, set[MappedFile], int]] = {}
         self._ends: Counter[str] = Counter()
@@ -106,7 +107,7 @@ class Walker:
         """Forget all memory maps; before the symbolizer forgets the files that were not used."""
         for file in self._modules:
             file.used = True
-        self._places = Places()
+        self._places, self._trampolines = _nowhere()
         self._modules.clear()
         self._spaces.clear()
         self._tables_bytes = None  # files will be forgotten, and their tables with them
@@ -226,7 +227,11 @@ class Walker:
         while len(self._spaces) >= PROCESS_LIMIT:
             self._places.drop_space(self._spaces.pop(next(iter(self._spaces)))[2])
         numbers = ranges.files.tolist()
-        modules = [self._module(files[number]) for number in numbers]
+        modules = np.array([self._module(files[number]) for number in numbers], np.int64)
+        of_no_file = np.flatnonzero([files[number].anonymous for number in numbers])
+        if of_no_file.size:
+            made = are_trampolines(tgid, ranges.starts[of_no_file])
+            modules[of_no_file[made]] = self._trampolines
         biases = ranges.starts.copy()
         for at, number in enumerate(numbers):
             image = files[number].image
@@ -234,9 +239,7 @@ class Walker:
                 # Unsigned wrap-around is meant: a file may say that it is loaded anywhere.
                 biases[at : at + 1] -= image.vaddrs(ranges.offsets[at : at + 1])[0]
         try:
-            space = self._places.add_space(
-                ranges.starts, ranges.ends, biases, np.array(modules, np.int64)
-            )
+            space = self._places.add_space(ranges.starts, ranges.ends, biases, modules)
         except ValueError:  # the maps changed while they were read
             return -1
         self._spaces[tgid] = ranges, {files[number] for number in numbers}, space
@@ -276,6 +279,12 @@ class Walker:
         self._modules.pop(file, None)
         for tgid in [tgid for tgid, (_, files, _) in self._spaces.items() if file in files]:
             self._places.drop_space(self._spaces.pop(tgid)[2])
+
+
+def _nowhere() -> tuple[Places, int]:
+    """No places yet, and the number of the module that stands for trampolines."""
+    places = Places()
+    return places, places.add_module(None, otherwise=Otherwise.TRAMPOLINE)
 
 
 def _table_of_vdso() -> UnwindTable | str:
