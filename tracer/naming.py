@@ -147,6 +147,7 @@ class Naming:
 
         The frames of stacks that are not named by then are addresses.
         """
+        self._symbolizer.hurry()  # the trace is over, and nothing of it can be disturbed
         self._todo.put(None)
         self._thread.join(timeout_s)
         rows = self.take()

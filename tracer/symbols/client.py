@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import struct
 import subprocess
@@ -24,6 +25,9 @@ MAX_DEADLY_NAMES: Final = 4
 NAMES_PER_REQUEST: Final = 4096
 _ENDS_WITHIN_S: Final = 5.0
 _PING: Final = {"op": "demangle", "count": 0}
+
+NICENESS: Final = 10
+"""Names can wait, and the targets should not: what they wait for must not be this."""
 
 T = TypeVar("T")
 
@@ -74,6 +78,7 @@ class Worker:
         self._served = False
         self._abandoned = False
         self._failed_starts = 0
+        self._niceness = NICENESS
         self.starts = 0
         self.deaths = 0
         self.timeouts = 0
@@ -108,6 +113,24 @@ class Worker:
         self._connection = ours
         self._served = False
         self.starts += 1
+        self._set_niceness()
+
+    @property
+    def hurried(self) -> bool:
+        """Whether the child is as nice as we are."""
+        return self._niceness == 0
+
+    def hurry(self) -> None:
+        """Let the child, and those that come after it, wait for nobody. From any thread."""
+        self._niceness = 0
+        self._set_niceness()
+
+    def _set_niceness(self) -> None:
+        process = self._process
+        if process is not None:
+            with suppress(OSError):  # it has ended, or we may not make it less nice
+                ours = os.getpriority(os.PRIO_PROCESS, 0)
+                os.setpriority(os.PRIO_PROCESS, process.pid, ours + self._niceness)
 
     def elf(self, fd: int) -> Image | int:
         """Parse the file behind `fd`. An int is a status of `wire`. Raises WorkerError."""

@@ -195,6 +195,10 @@ class Symbolizer:
         if process is not None and process.perf_map is not None:
             self._close_perf_map(process)
 
+    def hurry(self) -> None:
+        """Let nobody go before the parsing of files any more: somebody waits for the names."""
+        self._worker.hurry()
+
     def let_go(self) -> None:
         """Forget all processes, and the files that were not used since the last time.
 

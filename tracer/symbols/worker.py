@@ -34,8 +34,6 @@ REQUEST_CPU_S: Final = 20
 LIFETIME_CPU_S: Final = 3600
 NAME_CPU_S: Final = 0.2
 """An honest name of the longest kind takes a hundredth of that."""
-NICENESS: Final = 10
-"""Names can wait, and the targets should not: what they wait for must not be this."""
 MAX_DEBUG_FILE: Final = 1 << 30
 """A debug file without a build id is read whole, for its checksum."""
 
@@ -203,7 +201,6 @@ class _Server:
 
 def main() -> int:
     """Serve until the tracer hangs up."""
-    os.nice(NICENESS)
     connection = socket.socket(fileno=int(sys.argv[1]))
     demangler, libdw = Demangler(deadly_after_s=NAME_CPU_S), Libdw()
     rehearse(demangler)

@@ -70,6 +70,8 @@ class ModuleTables:
             self.found += 1
             return known
         worker = self._maker = self._another()
+        if self._worker.hurried:
+            worker.hurry()
         try:
             if self._abandoned:
                 worker.abandon()

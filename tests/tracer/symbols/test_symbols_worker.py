@@ -391,3 +391,18 @@ def test_any_bytes_as_a_reply(body):
                 read(reader(text))
             except (wire.WireError, EOFError):
                 continue
+
+
+def test_it_is_nice_until_somebody_waits_for_it() -> None:
+    running = Worker()
+    try:
+        ours = os.getpriority(os.PRIO_PROCESS, 0)
+        for niceness in (min(ours + 10, 19), ours, ours):
+            running.start()
+            assert running.pid is not None
+            assert os.getpriority(os.PRIO_PROCESS, running.pid) == niceness
+            running.hurry()
+            assert os.getpriority(os.PRIO_PROCESS, running.pid) == ours and running.hurried
+            running.close()  # the next one begins as this one ended
+    finally:
+        running.close()
