@@ -27,9 +27,9 @@ def napping(tmp_path_factory: pytest.TempPathFactory) -> tuple[Traced, Path]:
     flags = ["-O2", "-g", "-fno-omit-frame-pointer", "-Wl,--build-id=sha1"]
     subprocess.run(["cc", *flags, "-o", program, source], check=True)
     traced = trace(
-        [program, "1500", "wait"],
+        [program, "1200", "wait"],
         folder / "c",
-        make_options=lambda pid: Options(pids=(pid,), min_ns=0),
+        make_options=lambda pid: Options(pids=(pid,), min_ns=0, cpu_samples_hz=499),
     )
     return traced, program
 
@@ -57,7 +57,7 @@ def test_blocked_time_is_of_the_function_that_slept(
     bare = flame(traced, out, "--kind", "offcpu")
     with_inlines = flame(traced, out, "--kind", "offcpu", "--inlines")
     assert sum(with_inlines.values()) == sum(bare.values())
-    # 1,500 sleeps of a millisecond and a little; `work` itself calls nothing that blocks.
+    # 1,200 sleeps of a millisecond and a little; `work` itself calls nothing that blocks.
     asleep = of_work(with_inlines, "step;nap")
     assert asleep == sum(
         us for stack, us in bare.items() if ";work;" in stack and "nanosleep" in stack

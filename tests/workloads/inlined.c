@@ -45,7 +45,7 @@ __attribute__((noinline)) long work(long n)
     long sum = 0;
     for (long i = 0; i < n; i++) {
         sum += step(i);
-        spin(30000);
+        spin(200000);
         if (__builtin_expect(sum < 0, 0)) {
             fprintf(stderr, "%u\n", digest("never"));
             abort();

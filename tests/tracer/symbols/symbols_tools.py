@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,6 +49,15 @@ def build_id_of(file: Path) -> str | None:
     notes = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     found = re.search(r"Build ID: ([0-9a-f]+)", notes)
     return None if found is None else found[1]
+
+
+@contextmanager
+def open_to_all() -> Iterator[Path]:
+    """A folder that other users may enter: pytest's own directories are closed to others."""
+    with tempfile.TemporaryDirectory(prefix="latrace-symbols-", dir="/tmp") as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        yield folder
 
 
 def build_library(folder: Path, *options: str) -> Path:

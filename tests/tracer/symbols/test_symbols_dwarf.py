@@ -9,14 +9,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from symbols_tools import WORKLOADS, build, need, worker
+from symbols_tools import WORKLOADS, build, need, open_to_all, worker
 
 from latrace.tracer.symbols import wire
 from latrace.tracer.symbols.client import Worker, WorkerError
@@ -301,14 +301,17 @@ def test_without_libdw_that_is_the_answer():
         assert running.demangle([b"_Z1fi"]) == [b"f(int)"]
 
 
-def test_dwarf_that_names_another_file_does_not_make_the_worker_open_it(tmp_path):
+@pytest.fixture
+def public_folder() -> Iterator[Path]:
+    with open_to_all() as folder:
+        yield folder
+
+
+def test_dwarf_that_names_another_file_does_not_make_the_worker_open_it(tmp_path, public_folder):
     """libdw would open what the link names: a pipe, for one, that nobody writes to."""
-    pipe = tmp_path / "pipe"
+    pipe = public_folder / "pipe"
     os.mkfifo(pipe)
-    tmp_path.chmod(0o755)
     pipe.chmod(0o666)
-    for folder in tmp_path.parents[:2]:
-        folder.chmod(0o755)
     files = []
     for name in ("one", "two"):
         files.append(tmp_path / name)

@@ -8,13 +8,13 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pytest
-from symbols_tools import SAMPLE, WORKLOADS, Functions, build, build_id_of, need
+from symbols_tools import SAMPLE, WORKLOADS, Functions, build, build_id_of, need, open_to_all
 
 from latrace.analysis import schema
 from latrace.analysis.capture import Capture, FrameName, open_capture
@@ -78,6 +78,12 @@ def debug_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder.mkdir()
     monkeypatch.setattr(files, "DEBUG_FOLDER", str(folder).encode())
     return folder
+
+
+@pytest.fixture
+def public_folder() -> Iterator[Path]:
+    with open_to_all() as folder:
+        yield folder
 
 
 def install(debug_folder: Path, debug: Path, build_id: str) -> Path:
@@ -310,15 +316,13 @@ def test_dwarf_that_kills_the_worker_is_given_up(tmp_path):
 
 
 @pytest.mark.kernel
-def test_under_sudo_only_what_the_user_may_read(tmp_path, monkeypatch):
-    program = build(SAMPLE, tmp_path / "program", "-Wl,--build-id=sha1")
+def test_under_sudo_only_what_the_user_may_read(tmp_path, monkeypatch, public_folder):
+    program = build(SAMPLE, public_folder / "program", "-Wl,--build-id=sha1")
     start = Functions(program).start_of("main")
     row = frame(1, program, build_id_of(program), start, module=NOT_LOOKED_UP)
     made = capture(tmp_path, [row])
     monkeypatch.setenv("SUDO_UID", "65534")
     monkeypatch.setenv("SUDO_GID", "65534")
-    for folder in (tmp_path, *tmp_path.parents[:2]):
-        folder.chmod(0o755)
     program.chmod(0o755)
     assert look_up(made, inlines=False).names[1].symbol == "main"
     program.chmod(0o700)
