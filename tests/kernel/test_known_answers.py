@@ -297,7 +297,10 @@ def test_wait_under_way_at_attach(waits: Path, tmp_path: Path) -> None:
     capture = latrace.open(tmp_path / "c")
     quality = capture.manifest["quality"]
     assert quality["open_at_start"] >= 1
-    assert 0.99 < quality["traced_run_delay_ns"] / quality["kernel_run_delay_ns"] < 1.01
+    theirs = quality["kernel_run_delay_ns"]
+    # A turn takes some 4 ms, and a switch that no event is fired for (docs/limits.md) moves its end.
+    allowed = 0.01 * theirs + 5e6 * quality["missed_switches"] + quality["unseen_ns"]
+    assert abs(quality["traced_run_delay_ns"] - theirs) < allowed, quality
 
 
 def test_sampled_stacks_have_their_true_share(waits: Path, tmp_path: Path) -> None:
