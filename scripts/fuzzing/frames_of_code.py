@@ -64,7 +64,8 @@ def check_unwind_table(table: UnwindTable) -> None:
     hold(not len(table) or int(table.rule.max()) < len(table.rules), "a rule that is not there")
     again = UnwindTable.from_bytes(table.to_bytes())
     hold(again.to_bytes() == table.to_bytes(), "another table is read back")
-    anywhere = programs.addresses(0, 1, table.base, table.base + 1, 1 << 63, (1 << 64) - 1)
+    behind = (table.base + 1) % (1 << 64)
+    anywhere = programs.addresses(0, 1, table.base, behind, 1 << 63, (1 << 64) - 1)
     hold((table.lookup(anywhere) < len(table.rules)).all(), "a rule out of bounds")
 
 
