@@ -298,7 +298,7 @@ def test_wait_under_way_at_attach(waits: Path, tmp_path: Path) -> None:
     quality = capture.manifest["quality"]
     assert quality["open_at_start"] >= 1
     theirs = quality["kernel_run_delay_ns"]
-    # A turn takes some 4 ms, and a switch that no event is fired for (docs/limits.md) moves its end.
+    # A switch that no event is fired for (docs/limits.md) moves the end of a turn of some 4 ms.
     allowed = 0.01 * theirs + 5e6 * quality["missed_switches"] + quality["unseen_ns"]
     assert abs(quality["traced_run_delay_ns"] - theirs) < allowed, quality
 

@@ -175,10 +175,12 @@ def _row(name: str, answers: Answers) -> str:
 def _draw(capture: Path) -> Path:
     """Write the flame graph of `capture` beside it; returns its path."""
     from latrace.analysis.capture import open_capture  # noqa: PLC0415
-    from latrace.flamegraphs import build_profile, render  # noqa: PLC0415
+    from latrace.flamegraphs import Shape, build_profile, render  # noqa: PLC0415
 
     picture = capture.with_name(capture.name.removesuffix(".data") + ".svg")
-    data = render(build_profile(open_capture(capture), kind="wait"), picture)
+    # Without what every Python program has, the service fits on a screen.
+    shape = Shape(collapse=True)
+    data = render(build_profile(open_capture(capture), kind="wait", shape=shape), picture)
     with open_output_file(picture, force=True) as stream:
         stream.write(data)
     return picture
