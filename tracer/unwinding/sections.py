@@ -2,9 +2,9 @@
 
 `.eh_frame` is part of what is loaded; `.debug_frame` has the functions that it lacks (those of Go
 beside C, what was built without tables for exceptions); of a Go program that was stripped of that,
-`.gopclntab` has them. Of the procedure linkage stubs of a static
-program nothing says anything, but what they do. Finding them means reading headers that a stranger
-wrote, so that the unprivileged worker does it for files, and the tracer itself only for the vDSO.
+`.gopclntab` has them. Of the procedure linkage stubs of a static program nothing says anything, but
+what they do. Finding them means reading headers that a stranger wrote, so that the unprivileged
+worker does it for files, and the tracer itself only for the vDSO.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from latrace.tracer.symbols import gopclntab
 from latrace.tracer.symbols.elf import EM_X86_64, ElfError, Source, read_headers
 
 from .cfi import compile_section
@@ -56,8 +57,7 @@ _NAMES: Final = (
     (b".debug_frame", Kind.DEBUG_FRAME),
     (b".plt", Kind.STUBS),
     (b".iplt", Kind.STUBS),
-    (b".gopclntab", Kind.PCLNTAB),
-    (b".data.rel.ro.gopclntab", Kind.PCLNTAB),
+    *((name, Kind.PCLNTAB) for name in gopclntab.SECTIONS),
 )
 
 
